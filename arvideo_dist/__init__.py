@@ -1,0 +1,1 @@
+"""ARVideo (arXiv 2405.15160): distributed autoregressive pretraining of video transformers."""

@@ -1,0 +1,1 @@
+"""From shards to batches: index, sample order, decoding, augmentation, loader."""

@@ -1,0 +1,176 @@
+"""A data set on storage: WebDataset shards, one Parquet index a split, and the manifest that makes it exist.
+
+`data_prep` writes these files and the loader reads them; this module is the one definition both use.
+
+    <split>-000000.tar ...     samples `<key>.mp4` + `<key>.json`, plain WebDataset
+    index-<split>.parquet      a row for each sample (INDEX_SCHEMA)
+    rejects-<split>.parquet    a row for each refused input (REJECTS_SCHEMA)
+    dataset-<split>.json       DatasetManifest, written last: without it the split does not exist
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from arvideo_dist.storage import Storage
+
+FORMAT_VERSION = 1
+
+INDEX_SCHEMA = pa.schema(
+    [
+        ("key", pa.string()),  # unique in the split; also the members' base name in the tar
+        ("shard", pa.string()),  # the tar's file name
+        ("offset", pa.int64()),  # first byte of the video member's content in the tar
+        ("size", pa.int64()),  # bytes of the video member
+        ("sha256", pa.string()),  # hex digest of the video member
+        ("width", pa.int32()),  # pixels, as stored in the shard
+        ("height", pa.int32()),
+        ("fps", pa.float64()),
+        ("frames", pa.int32()),
+        ("duration", pa.float64()),  # seconds
+        ("label", pa.int32()),  # -1 where there is none
+        ("label_name", pa.string()),  # null where there is none
+        ("source", pa.string()),  # the input file, relative to the input folder, or what made the clip
+    ]
+)
+
+REJECTS_SCHEMA = pa.schema([("source", pa.string()), ("reason", pa.string())])
+
+
+def shard_name(split: str, number: int) -> str:
+    return f"{split}-{number:06d}.tar"
+
+
+def index_name(split: str) -> str:
+    return f"index-{split}.parquet"
+
+
+def rejects_name(split: str) -> str:
+    return f"rejects-{split}.parquet"
+
+
+def manifest_name(split: str) -> str:
+    return f"dataset-{split}.json"
+
+
+class FileEntry(BaseModel):
+    """One published file of the split."""
+
+    model_config = ConfigDict(extra="forbid")
+    name: str
+    size: int = Field(description="bytes")
+    sha256: str
+
+
+class ShardEntry(FileEntry):
+    samples: int
+
+
+class DatasetManifest(BaseModel):
+    """`dataset-<split>.json`: what the split consists of and the settings that made it."""
+
+    model_config = ConfigDict(extra="forbid")
+    format_version: int = FORMAT_VERSION
+    split: str
+    samples: int
+    rejects: int
+    labels: list[str] = Field(description="label names by label index; empty where the set has no labels")
+    settings: dict[str, Any] = Field(description="every setting that decides the shards' bytes")
+    fingerprint: str = Field(description="sha256 of the settings, encoder version and thread count included")
+    index: FileEntry
+    rejects_file: FileEntry
+    shards: list[ShardEntry]
+
+
+@dataclass(frozen=True)
+class SampleRow:
+    """One row of the index: where a sample's video stands and what it is."""
+
+    key: str
+    shard: str
+    offset: int
+    size: int
+    sha256: str
+    width: int
+    height: int
+    fps: float
+    frames: int
+    duration: float
+    label: int
+    label_name: str | None
+    source: str
+
+
+def load_manifest(storage: Storage, split: str) -> DatasetManifest:
+    """Read the manifest of `split`; ValueError with the remedy where there is none or it is not ours."""
+    name = manifest_name(split)
+    if not storage.exists(name):
+        found = [n for n in storage.names() if n.startswith("dataset-") and n.endswith(".json")]
+        splits = ", ".join(n[len("dataset-") : -len(".json")] for n in found) or "none"
+        raise ValueError(
+            f"no data set at {storage.uri}: {name} is missing (splits found there: {splits}). "
+            "Make one with `python -m data_prep`, or point data.path at one."
+        )
+    try:
+        manifest = DatasetManifest.model_validate_json(storage.read_bytes(name))
+    except ValidationError as error:
+        raise ValueError(f"{storage.uri}/{name} is not a data set manifest: {error}") from error
+    if manifest.format_version != FORMAT_VERSION:
+        raise ValueError(
+            f"{storage.uri}/{name} has format version {manifest.format_version}, "
+            f"this release reads {FORMAT_VERSION}: prepare the data set again"
+        )
+    return manifest
+
+
+class DatasetIndex:
+    """The rows of one split, memory-mapped: all processes of a node share one copy in the page cache."""
+
+    def __init__(self, arrow_file: Path) -> None:
+        self._arrow_file = arrow_file
+        self._map = pa.memory_map(str(arrow_file))
+        self._table = pa.ipc.open_file(self._map).read_all()
+
+    def __len__(self) -> int:
+        return self._table.num_rows
+
+    def __getitem__(self, row: int) -> SampleRow:
+        return SampleRow(**{name: self._table[name][row].as_py() for name in INDEX_SCHEMA.names})
+
+    def __reduce__(self) -> tuple[type[DatasetIndex], tuple[Path]]:
+        return DatasetIndex, (self._arrow_file,)  # loader workers map the same file instead of copying rows
+
+
+def open_index(storage: Storage, split: str, cache: Path | None = None) -> DatasetIndex:
+    """Open the index of `split`, verified against the manifest.
+
+    The Parquet file is turned once a node into an uncompressed Arrow file under `cache` (default: the
+    system's temporary folder), named by its digest, and mapped from there. Raises ValueError where the
+    split is missing or its index is not the one that the manifest names.
+    """
+    manifest = load_manifest(storage, split)
+    cache = cache or Path(tempfile.gettempdir()) / f"arvideo-index-{os.getuid()}"
+    target = cache / f"{manifest.index.sha256}.arrow"
+    if not target.exists():
+        data = storage.read_bytes(manifest.index.name)
+        if hashlib.sha256(data).hexdigest() != manifest.index.sha256:
+            raise ValueError(
+                f"{storage.uri}/{manifest.index.name} does not match {manifest_name(split)}: "
+                "the data set is damaged or half replaced; run `python -m data_prep` for it again"
+            )
+        table = pq.read_table(pa.BufferReader(data)).cast(INDEX_SCHEMA).combine_chunks()
+        cache.mkdir(parents=True, exist_ok=True, mode=0o700)
+        sink = pa.BufferOutputStream()
+        with pa.ipc.new_file(sink, INDEX_SCHEMA) as writer:
+            writer.write_table(table)
+        Storage(str(cache)).write_bytes(target.name, sink.getvalue().to_pybytes())
+    return DatasetIndex(target)

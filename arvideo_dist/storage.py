@@ -1,0 +1,144 @@
+"""One door to files, local or in object storage (`/path`, `s3://`, `gs://`), on pyarrow's filesystems.
+
+Publishing: locally a file is written aside, synced and renamed, so a name never shows part of its content.
+In object storage a pyarrow stream that is left by an exception publishes what it had; so members are sent
+from finished bytes or files, a failed upload is deleted again, and a *set* of members counts only through a
+small JSON written last (one PUT, hence atomic) that lists their sizes and digests.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import pyarrow.fs as pafs
+
+_CHUNK_BYTES = 8 * 2**20
+
+
+class Storage:
+    """A folder, local or remote, whose members are named by relative paths with forward slashes."""
+
+    def __init__(self, uri: str) -> None:
+        """`uri`: a local path (`~` allowed) or a URI that pyarrow knows, such as `s3://bucket/folder`.
+
+        Raises ValueError for a scheme that pyarrow does not know.
+        """
+        if "://" in uri:
+            try:
+                self.fs, self.root = pafs.FileSystem.from_uri(uri)
+            except (OSError, ValueError) as error:
+                raise ValueError(f"cannot open storage {uri!r}: {error}") from error
+            self.uri = uri.rstrip("/")
+        else:
+            self.root = str(Path(uri).expanduser().resolve())
+            self.fs, self.uri = pafs.LocalFileSystem(), self.root
+        self.is_local = isinstance(self.fs, pafs.LocalFileSystem)
+
+    def __repr__(self) -> str:
+        return f"Storage({self.uri!r})"
+
+    def path(self, name: str = "") -> str:
+        """The path of member `name` as this storage's pyarrow filesystem wants it."""
+        return f"{self.root}/{name}" if name else self.root
+
+    def child(self, name: str) -> Storage:
+        """The folder `name` below this one."""
+        base, mark, query = self.uri.partition("?")
+        return Storage(f"{base}/{name}{mark}{query}")
+
+    def exists(self, name: str = "") -> bool:
+        return self.fs.get_file_info(self.path(name)).type != pafs.FileType.NotFound
+
+    def size(self, name: str) -> int:
+        """Bytes of member `name`; raises FileNotFoundError."""
+        info = self.fs.get_file_info(self.path(name))
+        if info.type != pafs.FileType.File:
+            raise FileNotFoundError(f"{self.uri}/{name}")
+        return int(info.size)
+
+    def names(self, folder: str = "") -> list[str]:
+        """Sorted base names of what stands directly in `folder`; empty where it does not exist."""
+        selector = pafs.FileSelector(self.path(folder), allow_not_found=True)
+        return sorted(info.base_name for info in self.fs.get_file_info(selector))
+
+    def read_bytes(self, name: str) -> bytes:
+        with self.fs.open_input_stream(self.path(name), compression=None) as stream:
+            return stream.read()
+
+    def read_range(self, name: str, offset: int, size: int) -> bytes:
+        """`size` bytes of member `name` from byte `offset`; fewer where the member ends before."""
+        with self.fs.open_input_file(self.path(name)) as file:
+            return file.read_at(size, offset)
+
+    def sha256(self, name: str) -> str:
+        """Hex digest of member `name`, read in pieces."""
+        digest = hashlib.sha256()
+        with self.fs.open_input_stream(self.path(name), compression=None) as stream:
+            while piece := stream.read(_CHUNK_BYTES):
+                digest.update(piece)
+        return digest.hexdigest()
+
+    def write_bytes(self, name: str, data: bytes) -> None:
+        """Publish `data` as member `name`."""
+        if self.is_local:
+            with self._published(name) as aside, open(aside, "wb") as file:
+                file.write(data)
+        else:
+            with self._upload(name) as stream:
+                stream.write(data)
+
+    def put_file(self, local: Path, name: str) -> None:
+        """Publish a copy of the finished file `local` as member `name`."""
+        if self.is_local:
+            with self._published(name) as aside:
+                shutil.copyfile(local, aside)
+        else:
+            with open(local, "rb") as source, self._upload(name) as stream:
+                shutil.copyfileobj(source, stream, _CHUNK_BYTES)
+
+    def delete(self, name: str) -> None:
+        """Remove member or folder `name`; nothing happens where it does not exist."""
+        kind = self.fs.get_file_info(self.path(name)).type
+        if kind == pafs.FileType.Directory:
+            self.fs.delete_dir(self.path(name))
+        elif kind == pafs.FileType.File:
+            self.fs.delete_file(self.path(name))
+
+    @contextlib.contextmanager
+    def _published(self, name: str) -> Iterator[Path]:
+        """A path to write to; on a clean exit its content is synced and appears as local member `name`."""
+        target = Path(self.path(name))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        aside = target.with_name(f".{target.name}.{uuid.uuid4().hex}.partial")
+        try:
+            yield aside
+            sync(aside)
+            os.replace(aside, target)
+            sync(target.parent)
+        finally:
+            aside.unlink(missing_ok=True)
+
+    @contextlib.contextmanager
+    def _upload(self, name: str) -> Iterator[pafs.NativeFile]:
+        try:
+            with self.fs.open_output_stream(self.path(name), compression=None) as stream:
+                yield stream
+        except BaseException:
+            with contextlib.suppress(OSError):
+                self.delete(name)
+            raise
+
+
+def sync(path: Path) -> None:
+    """Force a file's content, or a folder's names, to the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
