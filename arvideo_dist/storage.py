@@ -74,7 +74,8 @@ class Storage:
     def read_range(self, name: str, offset: int, size: int) -> bytes:
         """`size` bytes of member `name` from byte `offset`; fewer where the member ends before."""
         with self.fs.open_input_file(self.path(name)) as file:
-            return file.read_at(size, offset)
+            left = max(0, file.size() - offset)  # object stores refuse to read past the end
+            return file.read_at(min(size, left), offset) if left else b""
 
     def sha256(self, name: str) -> str:
         """Hex digest of member `name`, read in pieces."""
