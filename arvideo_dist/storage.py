@@ -103,6 +103,18 @@ class Storage:
             with open(local, "rb") as source, self._upload(name) as stream:
                 shutil.copyfileobj(source, stream, _CHUNK_BYTES)
 
+    def local_copy(self, name: str, scratch: Path) -> Path:
+        """A local file with the content of member `name`: itself where local, else downloaded to `scratch`."""
+        if self.is_local:
+            return Path(self.path(name))
+        target = scratch / Path(name).name
+        with (
+            self.fs.open_input_stream(self.path(name), compression=None) as source,
+            open(target, "wb") as sink,
+        ):
+            shutil.copyfileobj(source, sink, _CHUNK_BYTES)
+        return target
+
     def delete(self, name: str) -> None:
         """Remove member or folder `name`; nothing happens where it does not exist."""
         kind = self.fs.get_file_info(self.path(name)).type
