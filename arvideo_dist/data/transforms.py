@@ -43,9 +43,7 @@ def sample_window(
     return start + stride * np.minimum(np.arange(clip_frames), reach)
 
 
-def sample_segments(
-    num_frames: int, clip_frames: int, rng: np.random.Generator | None
-) -> NDArray[np.int64]:
+def sample_segments(num_frames: int, clip_frames: int, rng: np.random.Generator | None) -> NDArray[np.int64]:
     """Frame indices [clip_frames]: one frame from each of `clip_frames` equal segments of the whole video, drawn
     uniformly (`rng=None`: the middle one). The sampling of TSN and of VideoMAE's SSv2 fine-tuning.
 
@@ -112,6 +110,13 @@ class PlanarClips:
     uv: torch.Tensor  # uint8 [B, T, 2, H/2, W/2]
     crops: torch.Tensor  # int64 [B, 4]: top, left, height, width on the canvas
     size: int  # pixels of a side of the clips to be made
+
+    def to(self, device: torch.device) -> PlanarClips:
+        y, uv, crops = (tensor.to(device, non_blocking=True) for tensor in (self.y, self.uv, self.crops))
+        return PlanarClips(y, uv, crops, self.size)
+
+    def pin_memory(self) -> PlanarClips:
+        return PlanarClips(self.y.pin_memory(), self.uv.pin_memory(), self.crops.pin_memory(), self.size)
 
     def to_clips(self) -> torch.Tensor:
         """uint8 [B, 3, T, size, size] on the device of the planes: conversion (BT.601, limited range, as

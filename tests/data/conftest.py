@@ -9,6 +9,7 @@ import tarfile
 from collections.abc import Callable
 from pathlib import Path
 
+import hypothesis
 import imageio_ffmpeg
 import numpy as np
 import pyarrow as pa
@@ -28,6 +29,9 @@ from arvideo_dist.data.index import (
     shard_name,
 )
 from arvideo_dist.storage import Storage
+
+hypothesis.settings.register_profile("shared-machine", deadline=None)  # no timed assertions
+hypothesis.settings.load_profile("shared-machine")
 
 WIDTH, HEIGHT, FPS = 80, 64, 25
 # 5 frames: shorter than any window; 33: one frame more than 16 x 2; the rest longer

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import textwrap
 from collections.abc import Callable, Iterator
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ import torch
 from arvideo_dist.data import loader as loader_module
 from arvideo_dist.data.decode import BadSample
 from arvideo_dist.data.index import open_index, shard_name
-from arvideo_dist.data.loader import Batch, ClipLoader
+from arvideo_dist.data.loader import Batch, ClipLoader, ClipSource, LoaderOptions
 from arvideo_dist.data.order import PAD
 from arvideo_dist.data.reader import DataReadError, MemberReader
 from arvideo_dist.storage import Storage
@@ -32,12 +33,14 @@ SAMPLES = 11
 @pytest.fixture(scope="module")
 def make_loader(sequence: Callable) -> Callable[..., ClipLoader]:
     def make(storage: Storage, **changes: Any) -> ClipLoader:
+        source = {"split": "train", "stride": 2, "crop_scales": (1.0, 0.875, 0.75, 0.66)}
+        source |= {name: changes.pop(name) for name in list(changes) if name in source}
+        options = {f.name: changes.pop(f.name) for f in fields(LoaderOptions) if f.name in changes}
         arguments: dict[str, Any] = {
-            "split": "train",
+            "sources": [ClipSource(storage, **source)],
+            "options": LoaderOptions(**options),
             "clip_frames": 4,
-            "stride": 2,
             "image_size": 32,
-            "crop_scales": (1.0, 0.875, 0.75, 0.66),
             "sequence": sequence,
             "seed": 5,
             "position": 0,
@@ -48,7 +51,7 @@ def make_loader(sequence: Callable) -> Callable[..., ClipLoader]:
             "workers": 0,
             "stop_position": 3 * SAMPLES,
         }
-        return ClipLoader(storage, **(arguments | changes))
+        return ClipLoader(**(arguments | changes))
 
     return make
 
@@ -100,10 +103,11 @@ def test_three_epochs_hold_each_place_and_each_sample_exactly_once(
 ) -> None:
     assert sorted(expected) == list(range(3 * SAMPLES))
     assert all(weight == 1.0 for *_, weight in expected.values())
-    order = make_loader(dataset).micro_batches.order
+    order = make_loader(dataset).samples.order
     for epoch in range(3):
-        rows = [order.locate(place)[1] for place in range(epoch * SAMPLES, (epoch + 1) * SAMPLES)]
-        assert sorted(rows) == list(range(SAMPLES))
+        located = order.locate(range(epoch * SAMPLES, (epoch + 1) * SAMPLES))
+        assert sorted(at.row for at in located) == list(range(SAMPLES))
+        assert {at.epoch for at in located} == {epoch}
     assert len({digest for digest, *_ in expected.values()}) == 3 * SAMPLES  # fresh crops in each epoch
 
 
@@ -183,7 +187,8 @@ def test_corrupt_members_get_weight_zero_and_a_record(
     damage(fresh_dataset, 2, b"\0" * 64, at=100)
     with open(fresh_dataset.path(shard_name("train", 2)), "r+b") as file:
         file.truncate(open_index(fresh_dataset, "train")[9].offset + 50)  # also cuts off all of sample 10
-    reasons = bad_rows(make_loader(fresh_dataset, stop_position=SAMPLES, workers=workers))
+    loader = make_loader(fresh_dataset, stop_position=SAMPLES, workers=workers, verify_checksums=True)
+    reasons = bad_rows(loader)
     assert set(reasons) == {"video002", "video009", "video010"}
     assert reasons["video002"].startswith("checksum: sha256 is ")
     assert reasons["video009"].startswith("short read: 50 of ")
@@ -207,7 +212,7 @@ def test_a_missing_shard_is_an_error_that_names_it(
 ) -> None:
     fresh_dataset.delete(shard_name("train", 1))
     loader = make_loader(fresh_dataset)
-    loader.micro_batches.reader = MemberReader(fresh_dataset, retries=2, first_delay=0.01)
+    loader.samples.readers = [MemberReader(fresh_dataset, {}, retries=2, first_delay=0.01)]
     with pytest.raises(DataReadError, match=r"shard train-000001.tar of .* 3 attempts"):
         list(batches(loader))
 
@@ -216,8 +221,7 @@ def test_the_error_of_a_worker_reaches_the_rank_with_its_type(
     fresh_dataset: Storage, make_loader: Callable
 ) -> None:
     fresh_dataset.delete(shard_name("train", 1))
-    loader = make_loader(fresh_dataset, workers=1)
-    loader.micro_batches.reader = MemberReader(fresh_dataset, retries=0)
+    loader = make_loader(fresh_dataset, workers=1, read_retries=0)
     with pytest.raises(DataReadError, match=r"shard train-000001\.tar"):
         list(batches(loader))
 
@@ -241,7 +245,7 @@ def test_a_store_that_fails_for_a_while_loses_no_sample(
 ) -> None:
     loader = make_loader(dataset)
     flaky = FlakyStorage(dataset.uri, failures=3)
-    loader.micro_batches.reader = MemberReader(flaky, retries=3, first_delay=0.01)
+    loader.samples.readers = [MemberReader(flaky, {}, retries=3, first_delay=0.01)]
     assert seen(loader) == expected
     assert flaky.failures == 0
 
@@ -251,7 +255,7 @@ def test_reading_past_the_shards_end_is_short_not_a_store_failure(fresh_dataset:
     with open(fresh_dataset.path(row.shard), "r+b") as file:
         file.truncate(row.offset + 10)
     with pytest.raises(BadSample, match="short read: 10 of"):
-        MemberReader(fresh_dataset, retries=0).read(row)
+        MemberReader(fresh_dataset, {}).read(row)
 
 
 def test_missing_split_is_a_clear_error(dataset: Storage, make_loader: Callable) -> None:
@@ -269,14 +273,14 @@ def test_workers_end_with_their_rank(dataset: Storage, tmp_path: Path, ending: A
         import sys
         import psutil
         print("main runs", flush=True)
-        from arvideo_dist.data.loader import ClipLoader
+        from arvideo_dist.data.loader import ClipLoader, ClipSource
         from arvideo_dist.storage import Storage
         from ids import draw
 
         loader = ClipLoader(
-            Storage(sys.argv[1]), "train", clip_frames=4, stride=2, image_size=32, crop_scales=None,
-            sequence=draw, seed=0, position=0, global_batch=2, micro_batch=2, rank=0, world_size=1, workers=2,
-            stop_position=None,
+            [ClipSource(Storage(sys.argv[1]), "train", stride=2, crop_scales=None)],
+            clip_frames=4, image_size=32, sequence=draw, seed=0, position=0, global_batch=2, micro_batch=2,
+            rank=0, world_size=1, workers=2, stop_position=None,
         )
         for number, step in enumerate(loader):
             if number == 3:

@@ -26,12 +26,6 @@ def test_every_epoch_holds_every_row_once(num_samples: int, seed: int, epoch: in
     assert np.array_equal(np.sort(rows), np.arange(num_samples))
 
 
-def test_locating_one_place_agrees_with_locating_many() -> None:
-    order = SampleOrder(37, seed=3)
-    rows = order.locate_many(np.arange(100))
-    assert [order.locate(place) for place in range(100)] == [(p // 37, rows[p]) for p in range(100)]
-
-
 def test_without_shuffle_every_epoch_keeps_the_index_order() -> None:
     rows = SampleOrder(5, seed=1, shuffle=False).locate_many(np.arange(12))
     assert rows.tolist() == [0, 1, 2, 3, 4, 0, 1, 2, 3, 4, 0, 1]

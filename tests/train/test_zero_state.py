@@ -37,7 +37,14 @@ def test_losses_equal_one_process_with_the_whole_batch_at_every_stage() -> None:
 
 @pytest.mark.parametrize(
     ("before", "after"),
-    [((2, 0), (2, 0)), ((2, 2), (2, 2)), ((2, 3), (2, 3)), ((2, 1), (1, 3)), ((3, 3), (2, 1)), ((1, 0), (2, 3))],
+    [
+        ((2, 0), (2, 0)),
+        ((2, 2), (2, 2)),
+        ((2, 3), (2, 3)),
+        ((2, 1), (1, 3)),
+        ((3, 3), (2, 1)),
+        ((1, 0), (2, 3)),
+    ],
 )
 def test_resumed_losses_equal_the_uninterrupted_ones(
     tmp_path: Path, before: tuple[int, int], after: tuple[int, int]
