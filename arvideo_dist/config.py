@@ -1,0 +1,192 @@
+"""The configuration of a whole run as one tree of pydantic models; defaults: the paper's K400 ViT-B recipe.
+
+`settings.py` fills it from files, environment and flags; `derived.py` computes what follows from it.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+PositiveInt = Annotated[int, Field(gt=0)]
+Triple = tuple[PositiveInt, PositiveInt, PositiveInt]
+
+
+class Section(BaseModel):
+    """Base of every section: unknown keys are refused and values do not change after validation."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+
+class RunConfigSection(Section):
+    """Identity, storage and life of the run."""
+
+    name: str = Field(
+        "arvideo-vit-b-k400", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="names the run's folder"
+    )
+    storage_path: str = Field("runs", description="folder or URI (s3://...) that every node reaches")
+    seed: int = Field(0, ge=0, description="decides the sample order and every random draw")
+    resume: Literal["auto", "must", "never"] = Field(
+        "auto",
+        description="auto: from the latest complete checkpoint if there is one; must: refuse to start "
+        "without one; never: refuse to start where there is one",
+    )
+    checkpoint_every_steps: PositiveInt = Field(500, description="optimiser steps between checkpoints")
+    keep_last: PositiveInt = Field(2, description="complete checkpoints kept; older ones are deleted")
+    max_restarts: int = Field(3, ge=0, description="restarts after a lost worker before the run fails")
+
+
+class DataConfig(Section):
+    """The data set and how clips are drawn from it."""
+
+    path: str | None = Field(None, description="folder or URI of a data set made by data_prep; required")
+    split: str = Field("train", description="split to train on")
+    val_split: str | None = Field("val", description="held-out split; null: no validation")
+    stride: PositiveInt = Field(4, description="source frames from one clip frame to the next")
+    crop_scales: tuple[Annotated[float, Field(gt=0, le=1)], ...] = Field(
+        (1.0, 0.875, 0.75, 0.66), min_length=1, description="multi-scale crop: shares of the short side"
+    )
+    workers: int = Field(8, ge=0, description="decode processes per training worker")
+    max_bad_fraction: float = Field(
+        0.01, ge=0, le=1, description="share of unreadable samples past which the run stops"
+    )
+
+
+class ModelConfig(Section):
+    """Geometry of the clip, its tokens and clusters (paper 3.3), and the encoder."""
+
+    kind: Literal["arvideo"] = Field("arvideo", description="pretraining method")
+    encoder: Literal["demo", "tiny", "small", "base", "large", "huge"] = Field(
+        "base", description="ViT-Ti/S/B/L/H; demo is 192 wide and 6 deep"
+    )
+    frames: PositiveInt = Field(16, description="frames of a clip")
+    image_size: PositiveInt = Field(224, description="height and width of a clip in pixels")
+    tubelet: Triple = Field((2, 16, 16), description="P_T,P_H,P_W: frames and pixels of one cube (token)")
+    cluster: Triple = Field((2, 7, 7), description="K_T,K_H,K_W: tokens of one cluster")
+    order: Literal["random", "spatial_first", "temporal_first"] = Field(
+        "random", description="prediction order of the clusters"
+    )
+    mask_ratio: float = Field(
+        0.8, ge=0, lt=1, description="share of each cluster's tokens that the encoder does not see"
+    )
+    min_context_clusters: PositiveInt = Field(
+        1, description="clusters every prediction sees; 1: 1470 queries, 2: 1372 as printed in Table 5"
+    )
+    target_norm: Literal["per_channel", "per_cube", "none"] = Field(
+        "per_channel", description="normalisation of each cube's target pixels"
+    )
+
+    @property
+    def token_grid(self) -> Triple:
+        """Tokens of a clip along time, height and width."""
+        p_t, p_h, p_w = self.tubelet
+        return self.frames // p_t, self.image_size // p_h, self.image_size // p_w
+
+    @model_validator(mode="after")
+    def _check_geometry(self) -> ModelConfig:
+        clip = (self.frames, self.image_size, self.image_size)
+        if any(size % cube for size, cube in zip(clip, self.tubelet, strict=True)):
+            raise ValueError(f"tubelet {self.tubelet} does not divide the clip {clip}")
+        grid = self.token_grid
+        if any(size % k for size, k in zip(grid, self.cluster, strict=True)):
+            fits = ["|".join(str(k) for k in range(1, size + 1) if size % k == 0) for size in grid]
+            raise ValueError(
+                f"cluster {self.cluster} does not divide the token grid {grid}; "
+                f"accepted K_T: {fits[0]}, K_H: {fits[1]}, K_W: {fits[2]}"
+            )
+        clusters = 1
+        for size, k in zip(grid, self.cluster, strict=True):
+            clusters *= size // k
+        if self.min_context_clusters >= clusters:
+            raise ValueError(
+                f"min_context_clusters {self.min_context_clusters} leaves nothing to predict: cluster "
+                f"{self.cluster} makes {clusters} clusters of the token grid {grid}"
+            )
+        return self
+
+
+class DecoderConfig(Section):
+    """The cross-attention decoder (paper 3.3.3, Table 10)."""
+
+    width: PositiveInt = Field(512, description="embedding width")
+    depth: PositiveInt = Field(4, description="blocks")
+    head_width: PositiveInt = Field(64, description="width of one attention head")
+
+    @model_validator(mode="after")
+    def _check_heads(self) -> DecoderConfig:
+        if self.width % self.head_width:
+            raise ValueError(f"width {self.width} is not a multiple of head_width {self.head_width}")
+        return self
+
+
+class OptimConfig(Section):
+    """AdamW and its schedule (VideoMAE's protocol, paper 4.1)."""
+
+    base_lr: float = Field(1.5e-4, gt=0, description="peak learning rate per 256 clips of global batch")
+    base_min_lr: float = Field(1e-5, ge=0, description="final learning rate per 256 clips of global batch")
+    warmup_epochs: float = Field(40, ge=0, description="linear warm-up from 0, in epochs")
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = Field(
+        (0.9, 0.95), description="AdamW betas"
+    )
+    weight_decay: float = Field(0.05, ge=0, description="not applied to 1-D parameters")
+    eps: float = Field(1e-8, gt=0, description="AdamW epsilon")
+    clip_grad_norm: float | None = Field(None, gt=0, description="largest gradient norm; null: no clipping")
+
+
+class TrainConfig(Section):
+    """Length, batch and numerics of training."""
+
+    epochs: float = Field(800, gt=0, description="passes over the data set")
+    steps: PositiveInt | None = Field(None, description="optimiser steps; replaces epochs where set")
+    global_batch: PositiveInt = Field(2048, description="clips of one optimiser step over all workers")
+    micro_batch: PositiveInt = Field(32, description="clips a worker computes at a time")
+    precision: Literal["auto", "bf16", "fp32"] = Field(
+        "auto", description="auto: bf16 on GPUs, fp32 on CPU; bf16 is autocast over fp32 parameters"
+    )
+    zero_stage: int = Field(1, ge=0, le=3, description="DeepSpeed ZeRO stage")
+    log_every_steps: PositiveInt = Field(10, description="optimiser steps between logged points")
+
+
+class ValidationConfig(Section):
+    """Loss on the held-out split."""
+
+    every_steps: PositiveInt = Field(2000, description="optimiser steps between validations; also at the end")
+    max_clips: PositiveInt = Field(2048, description="first clips of the split that are used")
+
+
+class ClusterConfig(Section):
+    """The Ray cluster and the workers on it."""
+
+    address: str | None = Field(
+        None, description="Ray address; null: join the surrounding cluster or job, else start Ray here"
+    )
+    workers: PositiveInt = Field(8, description="training workers (one GPU each, or CPU processes)")
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        "auto", description="auto: cuda where the cluster has GPUs"
+    )
+    cpus_per_worker: PositiveInt = Field(1, description="CPU cores that Ray reserves for each worker")
+
+
+class TrackingConfig(Section):
+    """MLflow."""
+
+    uri: str | None = Field(
+        None,
+        description="tracking server; null: sqlite in run.storage_path (which must then be a local path)",
+    )
+    experiment: str = Field("arvideo", description="MLflow experiment")
+
+
+class RunConfig(Section):
+    """A whole pretraining run."""
+
+    run: RunConfigSection = Field(default_factory=RunConfigSection)
+    data: DataConfig = Field(default_factory=DataConfig)
+    model: ModelConfig = Field(default_factory=ModelConfig)
+    decoder: DecoderConfig = Field(default_factory=DecoderConfig)
+    optim: OptimConfig = Field(default_factory=OptimConfig)
+    train: TrainConfig = Field(default_factory=TrainConfig)
+    validation: ValidationConfig = Field(default_factory=ValidationConfig)
+    cluster: ClusterConfig = Field(default_factory=ClusterConfig)
+    tracking: TrackingConfig = Field(default_factory=TrackingConfig)

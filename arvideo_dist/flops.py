@@ -1,0 +1,34 @@
+"""Arithmetic and parameters of a configuration, in closed form.
+
+A multiply-add counts as two operations; only matrix products count, as in torch's FlopCounterMode with the
+math attention kernel (masked halves of attention included: the kernels compute them).
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from arvideo_dist.config import DecoderConfig, ModelConfig
+from arvideo_dist.model.arvideo import ARVideo, make_clusters
+from arvideo_dist.model.vit import ENCODER_SIZES
+
+
+def forward_backward_flops(model: ModelConfig, decoder: DecoderConfig) -> int:
+    """FLOP of one clip's training step (forward and backward) of ARVideo."""
+    clusters, size = make_clusters(model), ENCODER_SIZES[model.encoder]
+    n, m, d, w = clusters.encoder_tokens, clusters.decoder_queries, size.width, decoder.width
+    cube = 3 * math.prod(model.tubelet)
+    embed = 2 * n * cube * d
+    encoder = size.depth * (2 * n * 12 * d * d + 4 * n * n * d)
+    per_block = 2 * m * w * w * 2 + 2 * n * w * 2 * w + 4 * m * n * w + 2 * m * 8 * w * w
+    decode = 2 * n * d * w + decoder.depth * per_block + 2 * m * w * cube
+    # Backward costs twice the forward, except that pixels need no gradient.
+    return 3 * (embed + encoder + decode) - embed
+
+
+def parameter_count(model: ModelConfig, decoder: DecoderConfig) -> int:
+    """Trained parameters, encoder and decoder."""
+    with torch.device("meta"):
+        return sum(p.numel() for p in ARVideo(model, decoder).parameters())

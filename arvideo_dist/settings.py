@@ -1,0 +1,161 @@
+"""How a command's configuration is read.
+
+Order, later wins: the defaults of `config.py`, a YAML file (`--config FILE`, or the file that
+`ARVIDEO_CONFIG` names), the environment (`ARVIDEO__SECTION__FIELD`), the command line
+(`--section.field value`). Unknown keys are refused everywhere. What the user did wrong is a ConfigError,
+before anything else happens.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+from typing import Any, NoReturn
+
+import yaml
+from pydantic import ValidationError
+from pydantic_settings import (
+    BaseSettings,
+    CliSettingsSource,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    SettingsError,
+)
+
+from arvideo_dist.config import RunConfig
+
+ENV_PREFIX = "ARVIDEO__"
+CONFIG_ENV = "ARVIDEO_CONFIG"
+
+
+class ConfigError(ValueError):
+    """What the user set is not a valid configuration; the message names the field and the remedy."""
+
+
+class _Sources(RunConfig, BaseSettings):
+    """RunConfig as pydantic-settings fills it from its sources; never leaves this module."""
+
+    model_config = SettingsConfigDict(
+        extra="forbid",
+        env_prefix=ENV_PREFIX,
+        env_nested_delimiter="__",
+        env_parse_none_str="null",
+        cli_parse_none_str="null",
+        cli_exit_on_error=False,
+        cli_hide_none_type=True,
+        cli_avoid_json=True,
+        cli_use_class_docs_for_groups=True,
+    )
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        return env_settings, init_settings  # the command line goes before these by itself
+
+
+def read_config(
+    argv: list[str], parser: argparse.ArgumentParser | None = None
+) -> tuple[RunConfig, argparse.Namespace]:
+    """The resolved configuration of a command and the command's own flags.
+
+    `argv`: arguments without the program's name. `parser`: holds the command's own flags; this function
+    adds `--config` and a flag for every field. Raises ConfigError.
+    """
+    parser = parser or argparse.ArgumentParser()
+    parser.add_argument(
+        "--config", metavar="FILE", default=os.environ.get(CONFIG_ENV), help=f"YAML file [${CONFIG_ENV}]"
+    )
+    parser.exit_on_error = parser.allow_abbrev = False
+    parser.error = _raise_config_error  # type: ignore[method-assign]
+    try:
+        command_line: Any = CliSettingsSource(_Sources, root_parser=parser)
+        flags = parser.parse_args(argv)
+        sources = _Sources(
+            _cli_settings_source=command_line(parsed_args=_only_fields(flags)), **_read_yaml(flags.config)
+        )
+    except ValidationError as error:
+        raise ConfigError(_explain(error)) from error
+    except SettingsError as error:
+        raise ConfigError(
+            f"{error}: {error.__cause__}; lists are written as JSON, such as [2,7,7]"
+        ) from error
+    except argparse.ArgumentError as error:
+        raise ConfigError(str(error)) from error
+    _refuse_unknown_environment()
+    return RunConfig.model_validate(sources.model_dump()), flags
+
+
+def _raise_config_error(message: str) -> NoReturn:
+    raise ConfigError(f"{message} (--help lists every field)")
+
+
+def _only_fields(flags: argparse.Namespace) -> dict[str, Any]:
+    sections = tuple(f"{name}." for name in RunConfig.model_fields)
+    return {key: value for key, value in vars(flags).items() if key.startswith(sections)}
+
+
+def _read_yaml(file: str | None) -> dict[str, Any]:
+    if file is None:
+        return {}
+    try:
+        content = yaml.safe_load(Path(file).read_text())
+    except OSError as error:
+        raise ConfigError(
+            f"--config {file}: {error.strerror or error}; give the path of a YAML file"
+        ) from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--config {file} is not valid YAML: {error}") from error
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise ConfigError(
+            f"--config {file}: expected sections such as `train:`, found {type(content).__name__}"
+        )
+    return content
+
+
+def _refuse_unknown_environment() -> None:
+    for name in os.environ:
+        if name.upper().startswith(ENV_PREFIX):
+            section = name[len(ENV_PREFIX) :].split("__")[0].lower()
+            if section not in RunConfig.model_fields:
+                raise ConfigError(
+                    f"environment variable {name}: there is no section {section!r}; "
+                    f"sections are {', '.join(RunConfig.model_fields)}"
+                )
+
+
+def _explain(error: ValidationError) -> str:
+    lines = []
+    for problem in error.errors():
+        where = ".".join(str(part) for part in problem["loc"]) or "configuration"
+        message = problem["msg"].removeprefix("Value error, ")
+        if problem["type"] == "extra_forbidden":
+            lines.append(f"{where}: unknown key; {_known_keys(problem['loc'])}")
+        elif problem["type"] == "value_error":
+            lines.append(f"{where}: {message}")
+        else:
+            lines.append(f"{where}: {message} (got {problem['input']!r})")
+    return "\n".join(lines)
+
+
+def _known_keys(location: tuple[int | str, ...]) -> str:
+    fields = RunConfig.model_fields
+    if len(location) > 1 and (section := fields.get(str(location[0]))) is not None:
+        fields = section.annotation.model_fields  # type: ignore[union-attr]
+        return f"{location[0]} has {', '.join(fields)}"
+    return f"sections are {', '.join(fields)}"
+
+
+def exit_with(error: ValueError) -> NoReturn:
+    """End a command for what the user did wrong: the message without a traceback, exit code 2."""
+    print(f"error: {error}", file=sys.stderr)
+    raise SystemExit(2)
