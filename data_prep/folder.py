@@ -10,8 +10,8 @@ from data_prep.errors import UserError
 from data_prep.items import Inputs, Item, printable
 
 _SUFFIXES = (
-    "3g2 3gp asf avi divx dv f4v flv gif h264 hevc ivf m2ts m2v m4v mkv mov mp4 mpeg mpg mts mxf nut ogm ogv rm"
-    " rmvb ts vob webm wmv"
+    "3g2 3gp asf avi divx dv f4v flv gif h264 hevc ivf m2ts m2v m4v mkv mov mp4 mpeg mpg mts mxf nut ogm ogv"
+    " rm rmvb ts vob webm wmv"
 )
 VIDEO_SUFFIXES = frozenset(f".{suffix}" for suffix in _SUFFIXES.split(" "))
 

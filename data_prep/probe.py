@@ -84,9 +84,11 @@ def _text(error: BaseException) -> str:
 
 
 def _video_stream(container: InputContainer) -> VideoStream:
+    if not container.streams:
+        raise Rejected("not a video: it holds no streams")
     stream = container.streams.best("video")
     if not isinstance(stream, VideoStream):
-        kinds = ", ".join(sorted({s.type for s in container.streams})) or "none"
+        kinds = ", ".join(sorted({s.type for s in container.streams}))
         raise Rejected(f"no video stream: streams found: {kinds}")
     if stream.disposition & av.stream.Disposition.attached_pic:
         raise Rejected("no video stream: only a cover picture")
@@ -145,7 +147,7 @@ def probe_source(path: str) -> SourceInfo:
         declared = Fraction(container.duration or 0, av.time_base)
         if stream.frames and "mov" in container.format.name and packets < stream.frames:
             raise Rejected(f"truncated: {packets} of {stream.frames} pictures are in the file")
-        if declared - last > max(1, declared / 10):
+        if declared - last > max(Fraction(1), declared / 10):
             raise Rejected(f"truncated: {float(last):.1f} of {float(declared):.1f} seconds are in the file")
         if not times:
             raise Rejected("no video stream: it holds no pictures")

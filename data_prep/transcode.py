@@ -119,6 +119,8 @@ def transcode(
     source = prober.source(str(path))
     rate = output_rate(source, settings.max_fps)
     expected = max(1, round(source.duration * rate))
+    if min(source.packets, expected) < settings.min_frames:
+        raise Rejected(f"too short: {source.packets} picture(s), at least {settings.min_frames} are wanted")
     if expected > _MAX_REPEATS * source.packets:
         raise Rejected(f"timestamps: {source.packets} pictures spread over {source.duration:.0f} s")
     command = [
@@ -146,9 +148,7 @@ def transcode(
 def accept(target: Path, settings: TranscodeSettings, prober: Prober, expected: int) -> VideoInfo:
     """Read back a written file and refuse it where it is not the `expected` pictures."""
     video = prober.video(str(target))
-    if video.frames < settings.min_frames:
-        raise Rejected(f"too short: {video.frames} picture(s), at least {settings.min_frames} are wanted")
-    if video.frames < expected * 0.98 - 2:
+    if video.frames < max(settings.min_frames, expected * 0.98 - 2):
         raise Rejected(f"damaged: only {video.frames} of {expected} pictures decode")
     return video
 
