@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import json
 import os
+import warnings
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -13,6 +14,7 @@ from arvideo_dist.data.index import load_manifest
 from arvideo_dist.derived import Derived, derive
 from arvideo_dist.storage import Storage
 from arvideo_dist.train.checkpoint import FOLDER, complete_checkpoints
+from arvideo_dist.train.stop import RunStoppedError
 
 _COLLECTIVE_TIMEOUT_S = 1800
 
@@ -74,7 +76,10 @@ def check_resume(config: RunConfig) -> None:
 
 
 def launch(config: RunConfig, derived: Derived) -> Finished:
-    """Run the training on Ray and return when it has ended. Raises what ended it otherwise."""
+    """Run the training on Ray and return when it has ended.
+
+    Raises RunStoppedError where the run stopped itself, else what Ray Train raises after its restarts.
+    """
     from arvideo_dist import tracking  # MLflow and Ray take seconds to import: only after all checks
     from arvideo_dist.train.loop import RESULT
 
@@ -83,11 +88,14 @@ def launch(config: RunConfig, derived: Derived) -> Finished:
     status = "FAILED"
     try:
         _fit(config, derived, tracking.tracking_uri(config), run_id, run)
+        result = json.loads(run.read_bytes(RESULT))
+        if "stopped" in result:
+            raise RunStoppedError(result["stopped"])
         status = "FINISHED"
     finally:
         tracking.close_run(config, run_id, status)
     return Finished(
-        metrics=json.loads(run.read_bytes(RESULT)),
+        metrics=result,
         run_folder=run.uri,
         checkpoint=f"{run.uri}/{FOLDER}/{complete_checkpoints(run)[-1]}",
         mlflow_run_id=run_id,
@@ -161,8 +169,11 @@ def _worker(payload: dict[str, Any]) -> None:
     import torch.distributed as dist
     from ray.train.torch import get_device
 
-    from arvideo_dist.train.loop import Task, train
+    from arvideo_dist.train.loop import RESULT, Task, train
 
+    warnings.filterwarnings(
+        "ignore", category=FutureWarning, module=r"torch\.distributed"
+    )  # DeepSpeed's calls
     device = get_device() if torch.cuda.is_available() else torch.device("cpu")
     control = dist.new_group(backend="gloo")
     task = Task(
@@ -171,7 +182,13 @@ def _worker(payload: dict[str, Any]) -> None:
         tracking_uri=payload["tracking_uri"],
         mlflow_run_id=payload["mlflow_run_id"],
     )
-    train(task, device, control)
+    try:
+        train(task, device, control)
+    except RunStoppedError as error:  # returning is what keeps Ray Train from a restart
+        if dist.get_rank() == 0:
+            Storage(task.config.run.storage_path).child(task.config.run.name).write_bytes(
+                RESULT, json.dumps({"stopped": str(error)}).encode()
+            )
 
 
 def _inside_ray_job() -> bool:

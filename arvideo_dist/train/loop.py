@@ -31,7 +31,7 @@ from arvideo_dist.train.progress import Meter, progress_line
 from arvideo_dist.train.schedule import learning_rate
 from arvideo_dist.train.validate import validate
 
-RESULT = "result.json"  # in the run's folder: the final metrics, once the run has ended
+RESULT = "result.json"  # in the run's folder, once the run has ended: its final metrics, or why it stopped
 
 
 @dataclass(frozen=True)
