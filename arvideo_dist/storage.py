@@ -12,6 +12,7 @@ import contextlib
 import hashlib
 import os
 import shutil
+import tempfile
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -88,8 +89,8 @@ class Storage:
     def write_bytes(self, name: str, data: bytes) -> None:
         """Publish `data` as member `name`."""
         if self.is_local:
-            with self._published(name) as aside, open(aside, "wb") as file:
-                file.write(data)
+            with self.writing(name) as aside:
+                aside.write_bytes(data)
         else:
             with self._upload(name) as stream:
                 stream.write(data)
@@ -97,7 +98,7 @@ class Storage:
     def put_file(self, local: Path, name: str) -> None:
         """Publish a copy of the finished file `local` as member `name`."""
         if self.is_local:
-            with self._published(name) as aside:
+            with self.writing(name) as aside:
                 shutil.copyfile(local, aside)
         else:
             with open(local, "rb") as source, self._upload(name) as stream:
@@ -124,16 +125,27 @@ class Storage:
             self.fs.delete_file(self.path(name))
 
     @contextlib.contextmanager
-    def _published(self, name: str) -> Iterator[Path]:
-        """A path to write to; on a clean exit its content is synced and appears as local member `name`."""
+    def writing(self, name: str) -> Iterator[Path]:
+        """A local path to write to; on a clean exit its content is synced and appears as member `name`.
+
+        Nothing is published where the caller left no file there.
+        """
+        if not self.is_local:
+            with tempfile.TemporaryDirectory() as scratch:
+                aside = Path(scratch) / "member"
+                yield aside
+                if aside.exists():
+                    self.put_file(aside, name)
+            return
         target = Path(self.path(name))
         target.parent.mkdir(parents=True, exist_ok=True)
         aside = target.with_name(f".{target.name}.{uuid.uuid4().hex}.partial")
         try:
             yield aside
-            sync(aside)
-            os.replace(aside, target)
-            sync(target.parent)
+            if aside.exists():
+                sync(aside)
+                os.replace(aside, target)
+                sync(target.parent)
         finally:
             aside.unlink(missing_ok=True)
 

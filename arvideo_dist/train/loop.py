@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import io
+import json
 import time
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -31,6 +32,8 @@ from arvideo_dist.train.progress import Meter, progress_line
 from arvideo_dist.train.schedule import learning_rate
 from arvideo_dist.train.validate import validate
 
+RESULT = "result.json"  # in the run's folder, once the run has ended: its final metrics, or why it stopped
+
 
 @dataclass(frozen=True)
 class Task:
@@ -42,8 +45,8 @@ class Task:
     mlflow_run_id: str
 
 
-def train(task: Task, device: torch.device, control: dist.ProcessGroup) -> dict[str, float]:
-    """Train from the latest complete checkpoint to the end of the run; returns the final metrics.
+def train(task: Task, device: torch.device, control: dist.ProcessGroup) -> None:
+    """Train from the latest complete checkpoint to the end of the run; leaves the final metrics in `RESULT`.
 
     Called on every rank with the default process group up; `control` is a gloo group for host values.
     """
@@ -175,7 +178,8 @@ def train(task: Task, device: torch.device, control: dist.ProcessGroup) -> dict[
 
     if validated_at < total_steps:  # the run had ended before: the same figures again, for the summary
         metrics |= validation()
-    return metrics
+    if rank == 0:
+        run.write_bytes(RESULT, json.dumps(metrics, indent=1).encode())
 
 
 def _open_latest(run: Storage, control: dist.ProcessGroup) -> checkpoints.Checkpoint | None:

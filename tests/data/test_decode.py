@@ -152,7 +152,7 @@ def test_every_real_clip_decodes_the_same_by_selection_and_in_full(shared_dir: P
                 )
                 compared += 1
     assert taken >= 70  # the rest has too few frames for a droppable one
-    assert compared >= 70 * 8 * 3
+    assert compared > 1500
 
 
 def test_droppable_files_are_recognised_by_their_packets(droppable: bytes, tmp_path: Path) -> None:

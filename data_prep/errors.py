@@ -1,0 +1,15 @@
+"""The two ways in which preparing can go wrong: one input is refused, or the user has to change something."""
+
+from __future__ import annotations
+
+
+class Rejected(Exception):  # noqa: N818  (an outcome of one input, not an error of the program)
+    """One input cannot become a sample; the text is the reason, `category: detail`, as the user reads it."""
+
+
+class Interrupted(Exception):  # noqa: N818
+    """A helper process died or ran out of a limit while on one input; worth one more try."""
+
+
+class UserError(ValueError):
+    """Something the user has to change; printed as one line, exit code 2."""

@@ -1,0 +1,166 @@
+"""Helper processes with limits: whatever a hostile file does, it does to one of these.
+
+Limits are CPU time, address space and file size of the helper (prlimit(2), set from outside, so no code runs
+between fork and exec), and a wall clock far beyond them which only a helper that waits for ever meets: a busy
+machine makes a helper slow, not rejected.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import IO, Any
+
+import psutil
+
+from data_prep.errors import Interrupted, Rejected
+from data_prep.probe import SourceInfo, VideoInfo
+
+_running: set[subprocess.Popen[Any]] = set()
+_WALL_FACTOR = 30  # wall seconds allowed per CPU second allowed
+_MAX_FILE_BYTES = 8 * 2**30
+_STDERR_BYTES = 2**20  # kept of a helper's messages
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one helper may take: CPU seconds, and bytes of address space."""
+
+    cpu_s: float = 120.0
+    memory: int = 4 * 2**30
+
+
+def _limit(pid: int, limits: Limits, used_cpu_s: float = 0.0) -> None:
+    cpu_s = int(used_cpu_s + limits.cpu_s) + 1
+    try:
+        resource.prlimit(pid, resource.RLIMIT_CPU, (cpu_s, resource.RLIM_INFINITY))
+        resource.prlimit(pid, resource.RLIMIT_AS, (limits.memory, limits.memory))
+        resource.prlimit(pid, resource.RLIMIT_FSIZE, (_MAX_FILE_BYTES, _MAX_FILE_BYTES))
+        resource.prlimit(pid, resource.RLIMIT_CORE, (0, 0))
+    except ProcessLookupError:
+        pass  # it has ended already: the caller reads its exit status
+
+
+def died_of(returncode: int, limits: Limits) -> str:
+    """Words for how a helper ended."""
+    if returncode == -signal.SIGXCPU:
+        return f"takes more than {limits.cpu_s:.0f} s of CPU time"
+    if returncode < 0:
+        return f"ended by {signal.Signals(-returncode).name}"
+    return f"exit status {returncode}"
+
+
+def run(
+    arguments: list[str], limits: Limits, feed: Callable[[IO[bytes]], object] | None = None
+) -> tuple[int, str]:
+    """Run a helper to its end; (exit status, the beginning of its stderr).
+
+    `feed` writes the helper's stdin (a helper that stops reading is no error here: its status tells).
+    Raises Interrupted where it is ended by a signal, hence also by a limit.
+    """
+    with tempfile.TemporaryFile() as messages:
+        process = subprocess.Popen(
+            arguments,
+            stdin=subprocess.PIPE if feed else subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=messages,
+            start_new_session=True,  # Ctrl-C is for the program, which must not take it for a damaged video
+        )
+        _running.add(process)
+        timer = threading.Timer(_WALL_FACTOR * limits.cpu_s, process.kill)
+        timer.start()
+        try:
+            _limit(process.pid, limits)
+            if feed and process.stdin:
+                try:
+                    with process.stdin:
+                        feed(process.stdin)
+                except BrokenPipeError:
+                    pass
+            returncode = process.wait()
+        except BaseException:
+            process.kill()
+            process.wait()
+            raise
+        finally:
+            timer.cancel()
+            _running.discard(process)
+        messages.seek(0)
+        text = messages.read(_STDERR_BYTES).decode("utf-8", "replace")
+    if returncode < 0:
+        raise Interrupted(died_of(returncode, limits))
+    return returncode, text
+
+
+def stop_all() -> None:
+    """End every helper that runs now; what it was working on is Interrupted."""
+    for process in list(_running):
+        process.kill()
+
+
+class Prober:
+    """One `data_prep.probe` process, started when first needed and again after it dies. Not thread-safe."""
+
+    def __init__(self, limits: Limits) -> None:
+        self._limits = limits
+        self._process: subprocess.Popen[str] | None = None
+
+    def source(self, path: str) -> SourceInfo:
+        """See `probe.probe_source`; raises Rejected, or Interrupted where the process died on the file."""
+        return SourceInfo.model_validate(self._ask("source", path))
+
+    def video(self, path: str) -> VideoInfo:
+        """See `probe.probe_video`."""
+        return VideoInfo.model_validate(self._ask("video", path))
+
+    def close(self) -> None:
+        if self._process:
+            self._process.kill()
+            self._process.communicate()
+            _running.discard(self._process)
+            self._process = None
+
+    def _ask(self, what: str, path: str) -> dict[str, object]:
+        if self._process is None:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "data_prep.probe"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                text=True,
+                start_new_session=True,
+            )
+            _running.add(self._process)
+        process = self._process
+        assert process.stdin
+        assert process.stdout
+        timer = threading.Timer(_WALL_FACTOR * self._limits.cpu_s, process.kill)
+        timer.start()
+        try:
+            times = psutil.Process(process.pid).cpu_times()
+            _limit(process.pid, self._limits, times.user + times.system)
+            process.stdin.write(json.dumps({"what": what, "path": path}) + "\n")
+            process.stdin.flush()
+            line = process.stdout.readline()
+        except (BrokenPipeError, psutil.NoSuchProcess):
+            line = ""
+        finally:
+            timer.cancel()
+        if not line:
+            process.communicate()
+            _running.discard(process)
+            returncode = process.returncode
+            self._process = None
+            raise Interrupted(died_of(returncode, self._limits))
+        answer = json.loads(line)
+        if "rejected" in answer:
+            raise Rejected(answer["rejected"])
+        info: dict[str, object] = answer["info"]
+        return info

@@ -1,0 +1,186 @@
+"""One input file in, one small mp4 that is cheap to decode out: ffmpeg as a subprocess.
+
+Default profile, "droppable": every 16th picture is a reference (I or P), the 15 between are B-pictures that
+nothing refers to, so a reader decodes only the references and the pictures it wants. The output does not
+depend on the machine's load or core count: one thread everywhere, bit-exact scaling, no dates or versions in
+the container.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+import subprocess
+from collections.abc import Callable
+from fractions import Fraction
+from pathlib import Path
+from typing import IO
+
+import imageio_ffmpeg
+from pydantic import BaseModel, ConfigDict, Field
+
+from data_prep.errors import Interrupted, Rejected, UserError
+from data_prep.isolation import Limits, Prober, run
+from data_prep.probe import CONTAINERS, SourceInfo, VideoInfo
+
+# Lines of ffmpeg's log that mean a picture is missing or was patched up. On healthy files, also old and odd
+# ones, none of them appears; a file cut off or hit by bit errors shows at least one.
+_DAMAGE = re.compile(
+    r"corrupt decoded frame|corrupt input packet|Error submitting packet|ended prematurely|"
+    r"Decoding error|Error during demuxing|partial file",
+    re.IGNORECASE,
+)
+_MAX_REPEATS = 50  # output pictures per source picture, past which timestamps are held to be nonsense
+
+# HDR to SDR: linear light at 100 nits reference white, BT.709 primaries, Hable's curve.
+_TONE_MAP = (
+    "zscale=t=linear:npl=100,format=gbrpf32le,zscale=p=bt709,tonemap=hable:desat=0,"
+    "zscale=t=bt709:m=170m:r=limited"
+)
+
+
+class TranscodeSettings(BaseModel):
+    """How videos are encoded; part of the data set's fingerprint."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    short_side: int = Field(256, ge=16, le=4096, description="pixels of the shorter side; never upscaled")
+    crf: int = Field(20, ge=0, le=51, description="x264 constant rate factor: lower is better and larger")
+    gop: int = Field(64, ge=1, le=600, description="pictures from one I-picture to the next")
+    bframes: int = Field(15, ge=0, le=16, description="droppable B-pictures between two references")
+    preset: str = Field("medium", description="x264 preset")
+    max_fps: int = Field(60, ge=1, le=240, description="faster sources are thinned to this rate")
+    min_frames: int = Field(2, ge=1, description="shorter results are rejected")
+
+    def encoder_arguments(self) -> list[str]:
+        """The encoder's part of the ffmpeg command line."""
+        x264 = "threads=1:scenecut=0:b-adapt=0:b-pyramid=none:ref=1:pbratio=1.0:open-gop=0"
+        return [
+            *("-c:v", "libx264", "-threads", "1", "-preset", self.preset, "-crf", str(self.crf)),
+            *("-tune", "fastdecode", "-g", str(self.gop), "-keyint_min", str(self.gop)),
+            *("-bf", str(self.bframes), "-x264-params", x264, "-pix_fmt", "yuv420p"),
+            *("-colorspace", "smpte170m", "-color_range", "tv", "-color_primaries", "bt709"),
+            *(
+                "-color_trc",
+                "bt709",
+                "-fps_mode",
+                "passthrough",
+                "-map_metadata",
+                "-1",
+                "-map_chapters",
+                "-1",
+            ),
+            *("-fflags", "+bitexact", "-flags:v", "+bitexact", "-movflags", "+faststart", "-f", "mp4", "-y"),
+        ]
+
+
+@functools.cache
+def ffmpeg() -> tuple[str, str]:
+    """Path and version line of the ffmpeg binary that the package imageio-ffmpeg ships."""
+    try:
+        path = imageio_ffmpeg.get_ffmpeg_exe()
+        answer = subprocess.run([path, "-version"], capture_output=True, text=True, check=True, timeout=60)
+    except (RuntimeError, OSError, subprocess.SubprocessError) as error:
+        raise UserError(f"ffmpeg does not run: {error}; reinstall the package imageio-ffmpeg") from error
+    return path, answer.stdout.splitlines()[0]
+
+
+def output_size(width: int, height: int, short_side: int) -> tuple[int, int]:
+    """Even width and height with the aspect of `width` x `height`, shorter side at most `short_side`."""
+    scale = min(Fraction(1), Fraction(short_side, min(width, height)))
+    return tuple(max(2, 2 * round(side * scale / 2 - Fraction(1, 10**6))) for side in (width, height))  # type: ignore[return-value]
+
+
+def output_rate(source: SourceInfo, max_fps: int) -> Fraction:
+    """The source's rate, halved until it is at most `max_fps`: whole pictures are dropped, evenly."""
+    rate = Fraction(source.fps_num, source.fps_den)
+    while rate > max_fps:
+        rate /= 2
+    return rate
+
+
+def _filters(source: SourceInfo, settings: TranscodeSettings) -> str:
+    width, height = output_size(source.width, source.height, settings.short_side)
+    rate = output_rate(source, settings.max_fps)
+    scale = f"scale={width}:{height}:flags=bicubic+accurate_rnd+bitexact"
+    # One colour matrix and range for the whole data set, the one that decoders assume for small pictures.
+    standard = f"{scale}:out_color_matrix=smpte170m:out_range=tv"
+    colour = [scale, _TONE_MAP] if source.hdr else [standard]
+    times = ["setpts=PTS-STARTPTS", f"fps={rate.numerator}/{rate.denominator}:round=near"]
+    return ",".join([*times, *colour, "setsar=1", "format=yuv420p"])
+
+
+def transcode(
+    path: Path, target: Path, settings: TranscodeSettings, limits: Limits, prober: Prober
+) -> tuple[VideoInfo, SourceInfo]:
+    """Encode the file `path` to the mp4 `target`; what was written and what was read.
+
+    Raises Rejected with the reason, or Interrupted where a helper was ended by a signal or limit.
+    """
+    source = prober.source(str(path))
+    rate = output_rate(source, settings.max_fps)
+    expected = max(1, round(source.duration * rate))
+    if min(source.packets, expected) < settings.min_frames:
+        raise Rejected(f"too short: {source.packets} picture(s), at least {settings.min_frames} are wanted")
+    if expected > _MAX_REPEATS * source.packets:
+        raise Rejected(f"timestamps: {source.packets} pictures spread over {source.duration:.0f} s")
+    command = [
+        *(ffmpeg()[0], "-hide_banner", "-nostats", "-nostdin", "-loglevel", "repeat+level+warning"),
+        *("-filter_threads", "1", "-threads", "1", "-protocol_whitelist", "file"),
+        *("-format_whitelist", CONTAINERS, "-i", f"file:{path}", "-map", f"0:{source.stream}"),
+        *("-vf", _filters(source, settings), *settings.encoder_arguments(), f"file:{target}"),
+    ]
+    # Decoding and encoding a picture costs some 10 ms at 720p: a hundred times that is a hang.
+    cpu_s = limits.cpu_s + source.packets + expected * 0.25
+    returncode, log = run(command, Limits(cpu_s, limits.memory))
+    if _out_of_space(log):
+        raise OSError(f"no space left for {target}")
+    damage = [line for line in log.splitlines() if _DAMAGE.search(line)]
+    if damage:
+        raise Rejected(f"damaged: {len(damage)} decoding errors, first: {_message(damage[0])}")
+    if returncode:
+        last = log.strip().splitlines()[-1:] or ["no message"]
+        if "Cannot allocate memory" in log:
+            raise Interrupted(f"takes more than {limits.memory / 2**30:.0f} GiB of memory")
+        raise Rejected(f"cannot be decoded ({source.codec}): {_message(last[0])}")
+    return accept(target, settings, prober, expected), source
+
+
+def accept(target: Path, settings: TranscodeSettings, prober: Prober, expected: int) -> VideoInfo:
+    """Read back a written file and refuse it where it is not the `expected` pictures."""
+    video = prober.video(str(target))
+    if video.frames < max(settings.min_frames, expected * 0.98 - 2):
+        raise Rejected(f"damaged: only {video.frames} of {expected} pictures decode")
+    return video
+
+
+def encode_raw(
+    target: Path,
+    size: tuple[int, int],
+    fps: int,
+    settings: TranscodeSettings,
+    limits: Limits,
+    feed: Callable[[IO[bytes]], object],
+) -> None:
+    """Encode RGB24 pictures of `size` (width, height), which `feed` writes to a pipe, to the mp4 `target`."""
+    width, height = size
+    command = [
+        *(ffmpeg()[0], "-hide_banner", "-nostats", "-loglevel", "repeat+level+warning"),
+        *("-filter_threads", "1", "-threads", "1", "-f", "rawvideo", "-pix_fmt", "rgb24"),
+        *("-s", f"{width}x{height}", "-r", str(fps), "-i", "pipe:0"),
+        *("-vf", "scale=flags=bicubic+accurate_rnd+bitexact:out_color_matrix=smpte170m:out_range=tv"),
+        *(*settings.encoder_arguments(), f"file:{target}"),
+    ]
+    returncode, log = run(command, limits, feed)
+    if returncode:
+        if _out_of_space(log):
+            raise OSError(f"no space left for {target}")
+        raise Rejected(f"encoding failed: {_message((log.strip().splitlines() or ['no message'])[-1])}")
+
+
+def _out_of_space(log: str) -> bool:
+    return "No space left on device" in log or "Disk quota exceeded" in log
+
+
+def _message(line: str) -> str:
+    """A line of ffmpeg's log without the addresses and levels around the words."""
+    return re.sub(r"\[[^\]]*\]\s*", "", line).strip()[:200]

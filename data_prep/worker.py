@@ -1,0 +1,155 @@
+"""What is done for one input, wherever it runs; and the pool of threads that does it on one machine.
+
+Threads are enough: the work is in helper processes, so they run in parallel, start at once and cannot be
+taken down by a video. Starting Ray takes longer than a small data set.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import stat
+import tempfile
+import threading
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from pathlib import Path
+from typing import Any
+
+from arvideo_dist.storage import Storage
+from data_prep import synthetic
+from data_prep.errors import Interrupted, Rejected
+from data_prep.isolation import Limits, Prober, stop_all
+from data_prep.items import Item
+from data_prep.probe import VideoInfo
+from data_prep.shards import Outcome, Sample, SliceRecord, write_slice
+from data_prep.transcode import TranscodeSettings, accept, encode_raw, transcode
+
+
+def process(item: Item, folder: Path, settings: TranscodeSettings, limits: Limits, prober: Prober) -> Outcome:
+    """Make the sample of `item`, its video a file in `folder`, or say why there is none.
+
+    A helper that is ended from outside or by a limit gets one more try. Raises OSError where the machine, not
+    the input, is at fault (a full disk).
+    """
+    target = folder / f"{item.key}.mp4"
+    for last in (False, True):
+        try:
+            video, extra = _make(item, target, settings, limits, prober)
+            break
+        except Rejected as rejected:
+            target.unlink(missing_ok=True)
+            return Outcome(item.source, reason=str(rejected))
+        except Interrupted as interrupted:
+            target.unlink(missing_ok=True)
+            if last:
+                return Outcome(item.source, reason=f"limit: {interrupted} (twice)")
+    with open(target, "rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    sample = Sample(
+        key=item.key,
+        size=target.stat().st_size,
+        sha256=digest,
+        width=video.width,
+        height=video.height,
+        fps=video.fps,
+        frames=video.frames,
+        duration=video.duration,
+        label=item.label,
+        label_name=item.label_name,
+        source=item.source,
+        extra=extra,
+    )
+    return Outcome(item.source, sample=sample, video=target)
+
+
+def _make(
+    item: Item, target: Path, settings: TranscodeSettings, limits: Limits, prober: Prober
+) -> tuple[VideoInfo, dict[str, object]]:
+    if item.reason:
+        raise Rejected(item.reason)
+    if item.clip:
+        clip = item.clip
+        pictures = synthetic.render(clip)
+        size = (clip.width, clip.height)
+        encode_raw(target, size, clip.fps, settings, limits, lambda pipe: pipe.write(pictures.data))
+        return accept(target, settings, prober, clip.frames), dict(item.extra)
+    assert item.path is not None, f"{item.source} is neither a file nor a clip"
+    _check_file(item.path)
+    video, source = transcode(Path(item.path), target, settings, limits, prober)
+    # First picture's time in the source: what places annotations given in seconds.
+    return video, {"source_start": source.start, **item.extra}
+
+
+def _check_file(path: str) -> None:
+    """Raises Rejected where opening `path` would fail, or wait for ever."""
+    try:
+        status = os.stat(path)
+        if not stat.S_ISREG(status.st_mode):
+            raise Rejected(f"not a file: {_kind(status.st_mode)}")
+        if not status.st_size:
+            raise Rejected("empty: the file holds no bytes")
+        os.close(os.open(path, os.O_RDONLY | os.O_NONBLOCK))
+    except OSError as error:
+        raise Rejected(f"unreadable: {error.strerror}") from error
+
+
+def _kind(mode: int) -> str:
+    names = {stat.S_IFIFO: "a fifo", stat.S_IFSOCK: "a socket", stat.S_IFDIR: "a folder"}
+    return names.get(stat.S_IFMT(mode), "a device")
+
+
+class LocalPool:
+    """`workers` threads on this machine. Use as a context manager; leaving it ends every helper."""
+
+    def __init__(
+        self, workers: int, storage: Storage, split: str, settings: TranscodeSettings, limits: Limits
+    ):
+        self.slots = 2 * workers  # videos in flight: the next one waits beside each that runs
+        self._storage, self._split, self._settings, self._limits = storage, split, settings, limits
+        self._threads = ThreadPoolExecutor(workers, thread_name_prefix="data-prep")
+        self._local = threading.local()
+        self._probers: list[Prober] = []
+        base = storage.path() if storage.is_local else None
+        self._staging = Path(tempfile.mkdtemp(prefix=f".work-{split}-", dir=base))
+
+    def __enter__(self) -> LocalPool:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._threads.shutdown(wait=False, cancel_futures=True)
+        stop_all()
+        self._threads.shutdown(wait=True)
+        for prober in self._probers:
+            prober.close()
+        shutil.rmtree(self._staging, ignore_errors=True)
+
+    def video(self, item: Item) -> Future[Outcome]:
+        return self._threads.submit(self._video, item)
+
+    def shard(self, number: int, videos: list[Future[Outcome] | Outcome]) -> Future[SliceRecord]:
+        outcomes = [video if isinstance(video, Outcome) else video.result() for video in videos]
+        return self._threads.submit(self._shard, number, outcomes)
+
+    def wait(self, handles: set[Future[Any]]) -> set[Future[Any]]:
+        """Those of `handles` that are done, at least one."""
+        return wait(handles, return_when=FIRST_COMPLETED).done
+
+    def outcome(self, handle: Future[Outcome]) -> Outcome:
+        return handle.result()
+
+    def record(self, handle: Future[SliceRecord]) -> SliceRecord:
+        return handle.result()
+
+    def _video(self, item: Item) -> Outcome:
+        if not hasattr(self._local, "prober"):
+            self._local.prober = Prober(self._limits)
+            self._probers.append(self._local.prober)
+        return process(item, self._staging, self._settings, self._limits, self._local.prober)
+
+    def _shard(self, number: int, outcomes: list[Outcome]) -> SliceRecord:
+        record = write_slice(self._storage, self._split, number, outcomes)
+        for outcome in outcomes:
+            if isinstance(outcome.video, Path):
+                outcome.video.unlink()
+        return record

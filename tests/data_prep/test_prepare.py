@@ -1,0 +1,204 @@
+"""Whole runs of the command: every input accounted for, plain WebDataset readable, same bytes each time."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+import webdataset
+
+from arvideo_dist.data.index import INDEX_SCHEMA, REJECTS_SCHEMA, load_manifest, open_index
+from arvideo_dist.storage import Storage
+from data_prep.__main__ import main
+from data_prep.synthetic import CLASSES
+from tests.data_prep.videos import frames_of, make
+
+SMALL = ("--width", "32", "--height", "32", "--frames", "8")
+
+
+def prepare(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
+    """The command line in this process; its exit code."""
+    monkeypatch.setattr(sys, "argv", ["data_prep", *map(str, arguments)])
+    try:
+        return main()
+    except SystemExit as end:
+        return int(end.code or 0)
+
+
+def digests(folder: Path) -> dict[str, str]:
+    """Names and contents of everything that was published; no leftovers may stand beside it."""
+    names = sorted(path.name for path in folder.iterdir() if not path.name.startswith(".lock"))
+    return {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in names}
+
+
+@pytest.fixture(scope="module")
+def videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tree with odd names, one broken file, one that is no video and things that are no files."""
+    top = tmp_path_factory.mktemp("videos")
+    for number, name in enumerate(
+        (
+            "a b/one.two.mp4",
+            "a b/one_two.mp4",
+            "[c]/(HQ) 300+ Yards!!!.avi",
+            "[c]/ünïcode.webm",
+            "[c]/-dash.mkv",
+        )
+    ):
+        codec = ("-c:v", "libvpx") if name.endswith("webm") else ()
+        make(top / name, *codec, source=f"testsrc2=s=64x48:r={10 + number}:d=0.6")
+    (top / "a b" / "empty.mp4").touch()
+    (top / "[c]" / "notes.txt").write_text("x")
+    os.mkfifo(top / "[c]" / "pipe.mp4")
+    (top / "[c]" / "self.mp4").symlink_to("self.mp4")
+    (top / "[c]" / "loop").symlink_to(top)
+    return top
+
+
+def test_every_input_is_in_the_index_or_in_the_rejects(
+    videos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code = prepare(
+        monkeypatch,
+        *("folder", "--videos", videos, "--out", tmp_path, "--labels-from-folders", "--workers", 2),
+    )
+    assert code == 0
+    index = pq.read_table(tmp_path / "index-train.parquet")
+    rejects = pq.read_table(tmp_path / "rejects-train.parquet")
+    assert index.schema.equals(INDEX_SCHEMA)
+    assert rejects.schema.equals(REJECTS_SCHEMA)
+    assert sorted(index["source"].to_pylist()) == [
+        "[c]/(HQ) 300+ Yards!!!.avi",
+        "[c]/-dash.mkv",
+        "[c]/ünïcode.webm",
+        "a b/one.two.mp4",
+        "a b/one_two.mp4",
+    ]
+    assert dict(zip(*rejects.to_pydict().values(), strict=True)) == {
+        "[c]/pipe.mp4": "not a file: a fifo",
+        "[c]/self.mp4": "unreadable: Too many levels of symbolic links",
+        "[c]/loop": "symbolic link loop: it leads back to a folder above it",
+        "a b/empty.mp4": "empty: the file holds no bytes",
+    }
+    assert {row["source"]: row["label_name"] for row in index.to_pylist()}["a b/one.two.mp4"] == "a b"
+    manifest = load_manifest(Storage(str(tmp_path)), "train")
+    assert (manifest.samples, manifest.rejects, manifest.labels) == (5, 4, ["[c]", "a b"])
+    said = capsys.readouterr().out
+    assert "9 inputs: 5 samples" in said
+    assert "not considered, no video by their name: 1 x .txt" in said
+
+
+def test_index_rows_point_at_the_videos_in_plain_webdataset_tars(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = ("--num-videos", 30, "--shard-size", 8, *SMALL)
+    assert prepare(monkeypatch, "synthetic", "--out", tmp_path, *arguments) == 0
+    storage = Storage(str(tmp_path))
+    manifest, index = load_manifest(storage, "train"), open_index(storage, "train", tmp_path / "cache")
+    assert [shard.samples for shard in manifest.shards] == [8, 8, 8, 6]
+    assert len(index) == manifest.samples == 30
+    for shard in manifest.shards:
+        assert storage.sha256(shard.name) == shard.sha256
+        assert storage.size(shard.name) == shard.size
+        with tarfile.open(tmp_path / shard.name) as tar:
+            assert {(info.mtime, info.uid, info.gid, info.uname) for info in tar} == {(0, 0, 0, "root")}
+    rows = {row.key: row for row in (index[place] for place in range(len(index)))}
+    urls = [str(tmp_path / shard.name) for shard in manifest.shards]
+    count = 0
+    for sample in webdataset.WebDataset(urls, shardshuffle=False).decode():
+        row, described = rows[sample["__key__"]], sample["json"]
+        assert storage.read_range(row.shard, row.offset, row.size) == sample["mp4"]
+        assert hashlib.sha256(sample["mp4"]).hexdigest() == row.sha256
+        assert (described["key"], described["label"], described["frames"]) == (row.key, row.label, 8)
+        assert row.label_name == CLASSES[row.label] == described["label_name"]
+        frames = frames_of(sample["mp4"])
+        assert (len(frames), frames[0].shape) == (row.frames, (row.height, row.width, 3))
+        assert row.duration == pytest.approx(row.frames / row.fps)
+        count += 1
+    assert count == 30
+
+
+def test_bytes_do_not_depend_on_workers_or_interruptions(
+    videos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run(out: str, workers: int) -> None:
+        arguments = ("--out", tmp_path / out, "--shard-size", 2, "--workers", workers)
+        assert prepare(monkeypatch, "folder", "--videos", videos, *arguments) == 0
+
+    run("one", 1)
+    run("three", 3)
+    assert digests(tmp_path / "one") == digests(tmp_path / "three")
+    # An interrupted run: some slices have records, one shard is there without its record, nothing is published.
+    from data_prep import prepare as prepare_module
+
+    def stop(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare_module, "publish", stop)
+        arguments = ("--out", tmp_path / "again", "--shard-size", 2, "--workers", 2)
+        assert prepare(patch, "folder", "--videos", videos, *arguments) == 130
+    assert not (tmp_path / "again" / "dataset-train.json").exists()
+    lost = next((tmp_path / "again").glob("*.tar")).stem.removeprefix("train-")
+    (tmp_path / "again" / "progress-train" / f"slice-{lost}.json").unlink()
+    times = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "again").glob("*.tar")}
+    run("again", 1)
+    assert digests(tmp_path / "again") == digests(tmp_path / "one")
+    made_again = [name for name, at in times.items() if (tmp_path / "again" / name).stat().st_mtime_ns != at]
+    assert made_again == [f"train-{lost}.tar"]
+
+
+def test_a_finished_split_is_left_alone_and_other_settings_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = ("synthetic", "--out", tmp_path, "--num-videos", 3, *SMALL)
+    assert prepare(monkeypatch, *base) == 0
+    before = digests(tmp_path)
+    assert prepare(monkeypatch, *base) == 0
+    assert "nothing to do" in capsys.readouterr().out
+    assert prepare(monkeypatch, *base, "--crf", 30) == 2
+    message = capsys.readouterr().err
+    assert "transcode.crf: 20 -> 30" in message
+    assert "Traceback" not in message
+    assert digests(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("folder", "--videos", "/nowhere"), "--videos /nowhere: no such folder"),
+        (("synthetic", "--num-videos", "0"), "--num-videos 0: at least 1 is needed"),
+        (("synthetic", "--num-videos", "2", "--width", "33"), "both must be even"),
+        (
+            ("synthetic", "--num-videos", "2", "--crf", "99"),
+            "--crf 99: Input should be less than or equal to 51",
+        ),
+        (("synthetic", "--num-videos", "2", "--split", "a/b"), "--split 'a/b'"),
+        (("synthetic", "--num-videos", "2", "--workers", "0"), "--workers 0: at least 1 is needed"),
+        (("synthetic", "--num-videos", "two"), "argument --num-videos: invalid int value: 'two'"),
+    ],
+)
+def test_mistakes_are_one_clear_line_and_exit_code_2(
+    arguments: tuple[str, ...], message: str, tmp_path: Path
+) -> None:
+    command = [sys.executable, "-m", "data_prep", *arguments, "--out", str(tmp_path / "out")]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert ended.returncode == 2
+    assert message in ended.stderr.splitlines()[-1]
+    assert not (tmp_path / "out").exists()
+
+
+def test_two_runs_cannot_write_one_split(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import fcntl
+
+    with open(tmp_path / ".lock-train", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert prepare(monkeypatch, "synthetic", "--out", tmp_path, "--num-videos", 2, *SMALL) == 2
+    assert prepare(monkeypatch, "synthetic", "--out", tmp_path, "--num-videos", 2, *SMALL) == 0
+    assert json.loads((tmp_path / "dataset-train.json").read_text())["samples"] == 2
