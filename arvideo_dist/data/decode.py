@@ -44,7 +44,7 @@ def decode_rgb(video: bytes, indices: NDArray[np.int64]) -> list[NDArray[np.uint
             packets = _select_packets(container, stream, indices)
             if packets is not None:
                 return [_rgb(frame) for frame in _decode(stream, *packets)]
-        return _decode_with_decord(video, indices)
+        return decode_with_decord(video, indices)
 
 
 def decode_planes(video: bytes, indices: NDArray[np.int64]) -> list[Planes]:
@@ -156,7 +156,8 @@ def _decode(stream: av.VideoStream, packets: list[av.Packet], times: list[int]) 
     return found
 
 
-def _decode_with_decord(video: bytes, indices: NDArray[np.int64]) -> list[NDArray[np.uint8]]:
+def decode_with_decord(video: bytes, indices: NDArray[np.int64]) -> list[NDArray[np.uint8]]:
+    """As `decode_rgb`, through decord whatever the file is; raises decord's own errors."""
     reader = decord.VideoReader(io.BytesIO(video), ctx=decord.cpu(0), num_threads=1)
     _check_range(indices, len(reader))
     frames = reader.get_batch(indices).asnumpy()

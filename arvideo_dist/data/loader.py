@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from arvideo_dist.data.cache import ShardCache
 from arvideo_dist.data.decode import BadSample, Planes, decode_planes, decode_rgb
-from arvideo_dist.data.index import DatasetIndex, SampleRow, load_manifest, open_index
+from arvideo_dist.data.index import DatasetIndex, SampleRow, ShardEntry, load_manifest, open_index
 from arvideo_dist.data.order import (
     PAD,
     Located,
@@ -126,7 +126,7 @@ class Batch:
 
 
 @dataclass
-class _Clip:
+class PlannedClip:
     """What is to become of one slot of a micro batch."""
 
     slot: int
@@ -136,12 +136,12 @@ class _Clip:
 
 
 @dataclass
-class _Visit:
+class Visit:
     """Clips of one sample: one read, one decode."""
 
     located: Located
     row: SampleRow
-    clips: list[_Clip] = field(default_factory=list)
+    clips: list[PlannedClip] = field(default_factory=list)
 
 
 class ClipSamples:
@@ -161,6 +161,7 @@ class ClipSamples:
         self.sources, self.options = list(sources), options
         self.clip_frames, self.image_size = clip_frames, image_size
         self.draw_tokens, self.seed = sequence, seed
+        self.decode_rgb = decode_rgb
         self.indexes: list[DatasetIndex] = []
         self.readers: list[MemberReader] = []
         self.refused: dict[int, str] = {}
@@ -181,6 +182,8 @@ class ClipSamples:
                     cache=None if source.storage.is_local else cache,
                 )
             )
+            if options.shuffle_block_shards is not None:
+                _check_shard_order(index, shards, source)
             orders.append(
                 SampleOrder(
                     len(index),
@@ -193,8 +196,8 @@ class ClipSamples:
         self.order = SampleSequence(orders, seed, [source.weight for source in self.sources], options.repeats)
 
     def __getitem__(self, places: list[int]) -> Batch:
-        visits = self._plan(places)
-        planes = self._empty_planes(len(places), visits) if self.options.device_transforms else None
+        visits = self.plan(places)
+        planes = self.empty_planes(len(places), visits) if self.options.device_transforms else None
         clips = torch.zeros(0, dtype=torch.uint8)
         if planes is None:
             clips = shared_zeros(len(places), 3, self.clip_frames, self.image_size, self.image_size)
@@ -224,15 +227,15 @@ class ClipSamples:
             planes=planes,
         )
 
-    def _plan(self, places: list[int]) -> list[_Visit]:
+    def plan(self, places: list[int]) -> list[Visit]:
         """The samples behind `places` and every random draw of their clips."""
         slots = [(slot, place) for slot, place in enumerate(places) if place != PAD]
-        visits: list[_Visit] = []
+        visits: list[Visit] = []
         for (slot, place), located in zip(
             slots, self.order.locate([place for _, place in slots]), strict=True
         ):
             if not visits or visits[-1].located.visit != located.visit:
-                visits.append(_Visit(located, self.indexes[located.source][located.row]))
+                visits.append(Visit(located, self.indexes[located.source][located.row]))
             visit = visits[-1]
             source = self.sources[located.source]
             window_key = place if self.options.repeat_windows else located.visit * self.options.repeats
@@ -251,10 +254,11 @@ class ClipSamples:
                 crop = draw_multi_scale_crop(
                     row.height, row.width, self.image_size, source.crop_scales, crop_rng
                 )
-            visit.clips.append(_Clip(slot, place, window, crop))
+            visit.clips.append(PlannedClip(slot, place, window, crop))
         return visits
 
-    def _empty_planes(self, slots: int, visits: list[_Visit]) -> PlanarClips:
+    def empty_planes(self, slots: int, visits: list[Visit]) -> PlanarClips:
+        """Zeroed canvases large enough for the visits' crops."""
         crops = [clip.crop for visit in visits for clip in visit.clips]
         # Up to one more line on either side, to begin and end at even positions; at least one chroma sample.
         half_h = max((crop.height for crop in crops), default=0) // 2 + 1
@@ -266,7 +270,7 @@ class ClipSamples:
             self.image_size,
         )
 
-    def _fill(self, out: torch.Tensor | PlanarClips, visit: _Visit, video: bytes) -> None:
+    def _fill(self, out: torch.Tensor | PlanarClips, visit: Visit, video: bytes) -> None:
         first = visit.clips[0].place
         if first in self.refused:
             raise BadSample(self.refused[first])
@@ -280,7 +284,7 @@ class ClipSamples:
                     y, uv = out.y[clip.slot].numpy(), out.uv[clip.slot].numpy()
                     out.crops[clip.slot] = torch.tensor(copy_crop(chosen, clip.crop, y, uv))
             else:
-                frames = decode_rgb(video, wanted)
+                frames = self.decode_rgb(video, wanted)
                 self._check_size(visit.row, frames[0])
                 for clip in visit.clips:
                     pictures = [frames[i] for i in np.searchsorted(wanted, clip.window)]
@@ -292,6 +296,17 @@ class ClipSamples:
             raise BadSample(
                 f"the file is {picture.shape[1]}x{picture.shape[0]}, the index says {row.width}x{row.height}"
             )
+
+
+def _check_shard_order(index: DatasetIndex, shards: Sequence[ShardEntry], source: ClipSource) -> None:
+    ends = np.cumsum([shard.samples for shard in shards])
+    names = [shard.name for shard in shards]
+    starts = ends - [shard.samples for shard in shards]
+    if ends[-1] != len(index) or index.shards_at(starts) != names or index.shards_at(ends - 1) != names:
+        raise ValueError(
+            f"the index of split {source.split!r} at {source.storage.uri} does not list the samples shard by "
+            "shard: set data.shuffle_block_shards to null, or prepare the data set again"
+        )
 
 
 class ClipLoader:

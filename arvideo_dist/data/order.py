@@ -134,8 +134,7 @@ class SampleOrder:
     def _shard_layout(self, epoch: int) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
         """Of one epoch: the shards in shuffled order, the index at which each ends, and each block ends."""
         shards = np.arange(len(self._sizes))
-        shuffled = np.empty_like(shards)
-        shuffled[permute(shards, len(shards), np.repeat(_keys(self.seed, epoch), len(shards)))] = shards
+        shuffled = np.argsort(mix64(_keys(self.seed, epoch) + shards.astype(np.uint64)))  # bijective: no ties
         ends = np.cumsum(self._sizes[shuffled])
         assert self.block_shards is not None
         last_of_block = (

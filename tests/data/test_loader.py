@@ -352,7 +352,7 @@ def test_repeated_crops_share_their_window_and_repeated_windows_do_not(
 ) -> None:
     def windows(apart: bool) -> list[set[tuple]]:
         samples = make_loader(dataset, repeats=4, repeat_windows=apart).samples
-        visits = samples._plan(list(range(4 * SAMPLES)))
+        visits = samples.plan(list(range(4 * SAMPLES)))
         assert len(visits) == SAMPLES
         return [{tuple(clip.window.tolist()) for clip in visit.clips} for visit in visits]
 
@@ -370,7 +370,7 @@ def test_a_mixture_draws_each_source_by_its_own_rules(
     ]
     loader = make_loader(dataset, sources=sources, stop_position=40)
     assert loader.places_per_epoch == SAMPLES + 3
-    visits = loader.samples._plan(list(range(40)))
+    visits = loader.samples.plan(list(range(40)))
     assert [visit.located.source for visit in visits].count(1) == 12
     for visit in visits:
         (clip,) = visit.clips
@@ -395,7 +395,7 @@ def test_a_bad_sample_of_a_mixture_is_named_with_its_data_set(
 
 def test_segments_take_one_frame_from_each_part_of_the_video(dataset: Storage, make_loader: Callable) -> None:
     source = ClipSource(dataset, "train", 2, (1.0,), sampling="segments")
-    for visit in make_loader(dataset, sources=[source]).samples._plan(list(range(SAMPLES))):
+    for visit in make_loader(dataset, sources=[source]).samples.plan(list(range(SAMPLES))):
         length = visit.row.frames // 4
         if length:
             assert (visit.clips[0].window // length).tolist() == [0, 1, 2, 3]
