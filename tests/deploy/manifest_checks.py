@@ -23,7 +23,7 @@ Doc = dict[str, Any]
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 KUBERNETES_VERSION = "1.33"
-SUFFIXES = {
+SUFFIXES: dict[str, Decimal | int] = {
     "": 1, "m": Decimal("0.001"), "k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12,
     "Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40,
 }  # fmt: skip

@@ -164,3 +164,26 @@ def test_environment_alone_configures_a_run(monkeypatch: pytest.MonkeyPatch) -> 
     assert resolved.cluster.device == "cuda"
     assert resolved.cluster.workers == 8
     assert checks.capacity_problems(MANIFESTS, resolved.cluster.cpus_per_worker) == []
+
+
+def test_documented_commands_name_what_exists() -> None:
+    """Services, Secrets, ports, versions, namespaces and files of docs/deployment.md."""
+    text = (ROOT / "docs" / "deployment.md").read_text()
+    cluster = named(MANIFESTS, "RayCluster")["metadata"]["name"]
+    ports = {
+        d["metadata"]["name"]: d["spec"]["ports"][0]["port"] for d in MANIFESTS if d["kind"] == "Service"
+    }
+    ports[f"{cluster}-head-svc"] = 8265  # the operator's name for the head's Service
+    forwards = re.findall(r"port-forward svc/([\w-]+) \d+:(\d+)", text)
+    assert {(name, int(port)) for name, port in forwards} == set(ports.items())
+    assert f"get secret {cluster} " in text
+    assert set(re.findall(r"ray\[default\]==([\d.]+)", text)) == {PINS["ray"]}
+    assert set(re.findall(r"arvideo-dist:([\d.]+\d)", text)) == {VERSION}
+    assert set(re.findall(r"kubectl -n (\S+)", text)) == {named(MANIFESTS, "Namespace")["metadata"]["name"]}
+    operator = named(MANIFESTS, "NetworkPolicy", "ray-operator")["spec"]["ingress"][0]["from"][0]
+    namespace = operator["namespaceSelector"]["matchLabels"]["kubernetes.io/metadata.name"]
+    assert set(re.findall(r"--namespace (\S+)", text)) == {namespace}
+    for folder, name in re.findall(r"\b(k8s|jobs)/([\w-]+\.yaml)", text):
+        assert (ROOT / folder / name).is_file()
+    for name in re.findall(r"`(\d\d-[a-z]+\.yaml)`", text):
+        assert (ROOT / "k8s" / name).is_file()
