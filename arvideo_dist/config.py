@@ -35,7 +35,6 @@ class RunConfigSection(Section):
     checkpoint_every_steps: PositiveInt = Field(500, description="optimiser steps between checkpoints")
     keep_last: PositiveInt = Field(2, description="complete checkpoints kept; older ones are deleted")
     max_restarts: int = Field(3, ge=0, description="restarts after a lost worker before the run fails")
-    audit: bool = Field(False, description="write the places of every applied step to <run>/audit/*.jsonl")
 
 
 class DataConfig(Section):

@@ -74,7 +74,8 @@ class Storage:
     def read_range(self, name: str, offset: int, size: int) -> bytes:
         """`size` bytes of member `name` from byte `offset`; fewer where the member ends before."""
         with self.fs.open_input_file(self.path(name)) as file:
-            return file.read_at(size, offset)
+            left = max(0, file.size() - offset)  # object stores refuse to read past the end
+            return file.read_at(min(size, left), offset) if left else b""
 
     def sha256(self, name: str) -> str:
         """Hex digest of member `name`, read in pieces."""
@@ -101,6 +102,18 @@ class Storage:
         else:
             with open(local, "rb") as source, self._upload(name) as stream:
                 shutil.copyfileobj(source, stream, _CHUNK_BYTES)
+
+    def local_copy(self, name: str, scratch: Path) -> Path:
+        """A local file with the content of member `name`: itself where local, else downloaded to `scratch`."""
+        if self.is_local:
+            return Path(self.path(name))
+        target = scratch / Path(name).name
+        with (
+            self.fs.open_input_stream(self.path(name), compression=None) as source,
+            open(target, "wb") as sink,
+        ):
+            shutil.copyfileobj(source, sink, _CHUNK_BYTES)
+        return target
 
     def delete(self, name: str) -> None:
         """Remove member or folder `name`; nothing happens where it does not exist."""

@@ -1,0 +1,82 @@
+"""The numbers that follow from a configuration and that a user must be able to trust, computed in one place."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from arvideo_dist.config import RunConfig
+from arvideo_dist.flops import forward_backward_flops, parameter_count
+from arvideo_dist.model.arvideo import make_clusters
+
+
+@dataclass(frozen=True)
+class Derived:
+    """Printed at start, logged with the run, and given as JSON by `pretrain --dry-run`."""
+
+    clusters: int
+    kept_tokens_per_cluster: int
+    encoder_tokens: int
+    decoder_queries: int
+    parameters: int
+    gflops_per_clip: float  # forward and backward
+    global_batch: int
+    world_size: int
+    micro_batch: int
+    accumulation_steps: int
+    padding_per_step: (
+        int  # places of weight 0 where world size x micro batch does not divide the global batch
+    )
+    peak_lr: float
+    min_lr: float
+    samples: int | None  # of the training split; None in a dry run without a data set
+    total_steps: int | None
+    warmup_steps: float | None
+
+
+def derive(config: RunConfig, samples: int | None) -> Derived:
+    """Numbers of a run over `samples` training samples; ValueError where they contradict each other."""
+    clusters = make_clusters(config.model)
+    train, world_size = config.train, config.cluster.workers
+    per_pass = world_size * train.micro_batch
+    accumulation_steps = math.ceil(train.global_batch / per_pass)
+    total_steps, warmup_steps = train.steps, None
+    if samples is not None:
+        steps_per_epoch = samples / train.global_batch
+        total_steps = train.steps or int(train.epochs * steps_per_epoch)
+        warmup_steps = config.optim.warmup_epochs * steps_per_epoch
+        _check_length(config, samples, total_steps, warmup_steps)
+    lr_scale = train.global_batch / 256
+    return Derived(
+        clusters=clusters.count,
+        kept_tokens_per_cluster=clusters.kept,
+        encoder_tokens=clusters.encoder_tokens,
+        decoder_queries=clusters.decoder_queries,
+        parameters=parameter_count(config.model, config.decoder),
+        gflops_per_clip=forward_backward_flops(config.model, config.decoder) / 1e9,
+        global_batch=train.global_batch,
+        world_size=world_size,
+        micro_batch=train.micro_batch,
+        accumulation_steps=accumulation_steps,
+        padding_per_step=accumulation_steps * per_pass - train.global_batch,
+        peak_lr=config.optim.base_lr * lr_scale,
+        min_lr=config.optim.base_min_lr * lr_scale,
+        samples=samples,
+        total_steps=total_steps,
+        warmup_steps=warmup_steps,
+    )
+
+
+def _check_length(config: RunConfig, samples: int, total_steps: int, warmup_steps: float) -> None:
+    if samples == 0:
+        raise ValueError(f"split {config.data.split!r} at data.path {config.data.path} has no samples")
+    if total_steps == 0:
+        raise ValueError(
+            f"train.epochs {config.train.epochs:g} of {samples} samples is less than one step of "
+            f"train.global_batch {config.train.global_batch}: lower the batch or set train.steps"
+        )
+    if warmup_steps >= total_steps:
+        raise ValueError(
+            f"optim.warmup_epochs {config.optim.warmup_epochs:g} is {warmup_steps:.0f} steps, the whole run is "
+            f"{total_steps}: set optim.warmup_epochs below {total_steps * config.train.global_batch / samples:g}"
+        )

@@ -1,0 +1,73 @@
+"""Pretrain ARVideo: `python -m arvideo_dist.pretrain [--config FILE.yaml] [--section.field value ...]`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from dataclasses import asdict
+
+from arvideo_dist.config import RunConfig
+from arvideo_dist.derived import Derived, derive
+from arvideo_dist.settings import exit_with, read_config
+from arvideo_dist.train.launch import Finished, check_resume, derive_checked, launch, with_absolute_paths
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m arvideo_dist.pretrain", description=__doc__)
+    parser.add_argument(
+        "--dry-run", action="store_true", help="check the configuration and print the derived numbers as JSON"
+    )
+    try:
+        config, flags = read_config(sys.argv[1:] if argv is None else argv, parser)
+        if flags.dry_run:
+            derived = derive(config, None) if config.data.path is None else derive_checked(config)
+            print(json.dumps(asdict(derived)))
+            return
+        config = with_absolute_paths(config)
+        derived = derive_checked(config)
+        check_resume(config)
+        _print_start(config, derived)
+        finished = launch(config, derived)
+    except ValueError as error:
+        exit_with(error)
+    _print_end(config, finished)
+
+
+def _print_start(config: RunConfig, derived: Derived) -> None:
+    print(
+        f"run {config.run.name}: {config.model.encoder} encoder, {derived.parameters / 1e6:.1f} M parameters, "
+        f"{derived.gflops_per_clip:.1f} GFLOP a clip\n"
+        f"tokens: {derived.clusters} clusters, {derived.kept_tokens_per_cluster} kept tokens each; "
+        f"{derived.encoder_tokens} encoder tokens, {derived.decoder_queries} decoder queries\n"
+        f"batch: {derived.global_batch} clips = {derived.world_size} workers x {derived.micro_batch} clips x "
+        f"{derived.accumulation_steps} accumulation steps (padding {derived.padding_per_step})\n"
+        f"schedule: {derived.total_steps} steps over {derived.samples} samples, warm-up "
+        f"{derived.warmup_steps:.0f} steps, learning rate {derived.peak_lr:.3g} to {derived.min_lr:.3g}",
+        flush=True,
+    )
+
+
+def _print_end(config: RunConfig, finished: Finished) -> None:
+    from arvideo_dist.tracking import dashboard_command
+
+    metrics = finished.metrics
+    print(f"\nrun         {finished.run_folder}")
+    print(f"checkpoint  {finished.checkpoint}")
+    if "loss/val" in metrics:
+        below = 1 - metrics["loss/val"] / metrics["loss/constant_predictor"]
+        print(f"picture     {finished.run_folder}/pictures/")
+        print(
+            f"validation  loss {metrics['loss/val']:.4f}, best constant predictor "
+            f"{metrics['loss/constant_predictor']:.4f} ({below:.1%} below it)"
+        )
+        if "loss/val_other_context" in metrics:
+            worse = metrics["loss/val_other_context"] / metrics["loss/val"] - 1
+            print(
+                f"            with another clip's context {metrics['loss/val_other_context']:.4f} ({worse:+.1%})"
+            )
+    print(f"mlflow      run {finished.mlflow_run_id}; dashboard: {dashboard_command(config)}")
+
+
+if __name__ == "__main__":
+    main()

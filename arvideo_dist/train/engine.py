@@ -1,0 +1,141 @@
+"""The DeepSpeed engine around the model: ZeRO stage, precision, optimiser, accumulation of a global batch.
+
+Parameters are fp32 at every stage; bf16 is DeepSpeed's torch autocast over them. (DeepSpeed's own `bf16` mode
+takes a dummy Adam step at stage 0 in 0.19.8; autocast is right at stages 0 to 3 and makes a checkpoint mean
+the same at all of them.)
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from arvideo_dist.config import OptimConfig, TrainConfig
+from arvideo_dist.data.loader import Batch
+from arvideo_dist.model.arvideo import Output
+
+
+def resolve_precision(train: TrainConfig, device: torch.device) -> str:
+    """`auto` is bf16 on a GPU and fp32 on a CPU."""
+    if train.precision != "auto":
+        return train.precision
+    return "bf16" if device.type == "cuda" else "fp32"
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Weight decay on matrices only: biases, norms and the query token are 1-D (VideoMAE's rule)."""
+    matrices = [p for p in model.parameters() if p.ndim > 1]
+    vectors = [p for p in model.parameters() if p.ndim <= 1]
+    return [
+        {"params": matrices, "weight_decay": weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
+
+
+class Engine:
+    """One rank's share of the data-parallel training of `model`."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        train: TrainConfig,
+        optim: OptimConfig,
+        device: torch.device,
+        accumulation_steps: int,
+    ) -> None:
+        """The process group must exist; `model` holds the start weights on every rank."""
+        if device.type == "cpu":
+            os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        import deepspeed  # after the accelerator is named: it chooses one at import
+
+        # Else the CPU accelerator compiles a shared-memory op at start, which needs g++ and can hang on a lock.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        optimizer = torch.optim.AdamW(
+            parameter_groups(model, optim.weight_decay),
+            lr=0.0,  # set before every step from the schedule
+            betas=optim.betas,
+            eps=optim.eps,
+            fused=device.type == "cuda",
+        )
+        self.stage = train.zero_stage
+        self.device = device
+        self.world_size = dist.get_world_size()
+        self._deepspeed, *_ = deepspeed.initialize(
+            model=model.to(device),
+            optimizer=optimizer,
+            config=_deepspeed_config(train, optim, device, accumulation_steps),
+            dist_init_required=False,
+        )
+        self._deepspeed.train()
+
+    @property
+    def module(self) -> nn.Module:
+        return self._deepspeed.module
+
+    @property
+    def zero_optimizer(self) -> Any:
+        """DeepSpeed's ZeRO optimizer (stages 1 to 3) or the plain AdamW (stage 0)."""
+        return self._deepspeed.optimizer
+
+    def accumulate(self, batches: Sequence[Batch], total_weight: float) -> torch.Tensor:
+        """Forward and backward of this rank's micro batches of one step.
+
+        `total_weight`: sum of the weights of the whole global batch over all ranks, so that the gradient is
+        that of the weighted mean loss at any world size. Returns the weighted sum of the local losses
+        (float32 scalar on the device).
+        """
+        loss_sum = torch.zeros((), device=self.device)
+        for index, batch in enumerate(batches):
+            weighted = (self.forward(batch).loss_b * batch.weights.to(self.device)).sum()
+            # DeepSpeed averages over ranks; accumulation is already in total_weight.
+            self._deepspeed.backward(weighted * (self.world_size / total_weight), scale_wrt_gas=False)
+            if index < len(batches) - 1:
+                self._deepspeed.step()  # counts the micro batch; weights change in `apply` only
+            loss_sum += weighted.detach()
+        return loss_sum
+
+    def apply(self, learning_rate: float) -> torch.Tensor | float:
+        """The optimiser step at `learning_rate`; returns the gradient norm over all ranks before clipping."""
+        for group in self.zero_optimizer.param_groups:
+            group["lr"] = learning_rate
+        norm = self._plain_gradient_norm() if self.stage == 0 else None
+        self._deepspeed.step()
+        return self._deepspeed.get_global_grad_norm() if norm is None else norm
+
+    def _plain_gradient_norm(self) -> torch.Tensor:
+        # DeepSpeed keeps no norm at stage 0 in fp32; gradients are whole and reduced there.
+        grads = [p.grad for p in self.module.parameters() if p.grad is not None]
+        return torch.nn.utils.get_total_norm(grads)
+
+    def forward(self, batch: Batch, context_clips: torch.Tensor | None = None) -> Output:
+        """The model on one micro batch; `context_clips` as in `ARVideo.forward`."""
+
+        def move(tensor: torch.Tensor) -> torch.Tensor:
+            return tensor.to(self.device, non_blocking=True)
+
+        seen = None if context_clips is None else move(context_clips)
+        return self._deepspeed(move(batch.clips), move(batch.context_ids), move(batch.target_ids), seen)
+
+    def set_training(self, training: bool) -> None:
+        self._deepspeed.train(training)
+
+
+def _deepspeed_config(
+    train: TrainConfig, optim: OptimConfig, device: torch.device, accumulation_steps: int
+) -> dict[str, Any]:
+    config: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": train.micro_batch,
+        "gradient_accumulation_steps": accumulation_steps,
+        "gradient_clipping": optim.clip_grad_norm or 0.0,
+        "zero_optimization": {"stage": train.zero_stage},
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": 2**31,  # the loop prints progress itself
+    }
+    if resolve_precision(train, device) == "bf16":
+        config["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
+    return config

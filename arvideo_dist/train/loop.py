@@ -1,0 +1,213 @@
+"""The training loop of one worker, from its start weights to the last checkpoint.
+
+The run's state is one number, the *position*: how many places of the sample sequence are applied to the
+weights. Step s consumes places [s G, (s + 1) G), G the global batch; nothing else decides what comes next.
+"""
+
+from __future__ import annotations
+
+import functools
+import io
+import time
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from PIL import Image
+
+from arvideo_dist.config import RunConfig
+from arvideo_dist.data.index import load_manifest
+from arvideo_dist.data.loader import ClipLoader
+from arvideo_dist.derived import Derived
+from arvideo_dist.model.arvideo import ARVideo
+from arvideo_dist.storage import Storage
+from arvideo_dist.tracking import Tracker
+from arvideo_dist.train import checkpoint as checkpoints
+from arvideo_dist.train.bad_samples import ARTIFACT, BadSamples
+from arvideo_dist.train.engine import Engine
+from arvideo_dist.train.progress import Meter, progress_line
+from arvideo_dist.train.schedule import learning_rate
+from arvideo_dist.train.validate import validate
+
+
+@dataclass(frozen=True)
+class Task:
+    """What the driver gives to every worker."""
+
+    config: RunConfig
+    derived: Derived
+    tracking_uri: str
+    mlflow_run_id: str
+
+
+def train(task: Task, device: torch.device, control: dist.ProcessGroup) -> dict[str, float]:
+    """Train from the latest complete checkpoint to the end of the run; returns the final metrics.
+
+    Called on every rank with the default process group up; `control` is a gloo group for host values.
+    """
+    config, derived = task.config, task.derived
+    rank, global_batch, total_steps = dist.get_rank(), derived.global_batch, derived.total_steps
+    assert total_steps is not None
+    assert derived.warmup_steps is not None
+    run = Storage(config.run.storage_path).child(config.run.name)
+    tracker = Tracker(task.tracking_uri, task.mlflow_run_id) if rank == 0 else None
+
+    torch.manual_seed(config.run.seed)
+    model = ARVideo(config.model, config.decoder)
+    sequence = model.clusters.draw_sequence
+    start = _open_latest(run, control)
+    if start is not None:
+        start.load_weights(model)
+    engine = Engine(model, config.train, config.optim, device, derived.accumulation_steps)
+    if start is not None:
+        start.load_optimizer(engine)
+    position = start.state["position"] if start is not None else 0
+    step = position // global_batch
+    _say(rank, f"continues from {start}, step {step}" if start else "starts from random weights")
+
+    data = Storage(_data_path(config))
+    make_loader = functools.partial(
+        ClipLoader,
+        data,
+        clip_frames=config.model.frames,
+        stride=config.data.stride,
+        image_size=config.model.image_size,
+        sequence=sequence,
+        seed=config.run.seed,
+        micro_batch=config.train.micro_batch,
+        rank=rank,
+        world_size=dist.get_world_size(),
+    )
+    train_loader = make_loader(
+        config.data.split,
+        crop_scales=config.data.crop_scales,
+        position=position,
+        global_batch=global_batch,
+        workers=config.data.workers,
+        stop_position=total_steps * global_batch,
+    )
+    bad = BadSamples(run, config.data.max_bad_fraction, train_loader.num_samples, control)
+    bad.restore(start.state["bad_samples"] if start is not None else [])
+
+    def validation() -> dict[str, float]:
+        if config.data.val_split is None:
+            return {}
+        loader = make_loader(
+            config.data.val_split,
+            crop_scales=None,
+            position=0,
+            global_batch=config.train.micro_batch * dist.get_world_size(),
+            workers=min(config.data.workers, 2),
+            stop_position=_validation_clips(data, config),
+            shuffle=False,
+        )
+        result = validate(engine, loader, config.model, control)
+        if tracker is not None and result.picture is not None:
+            name = f"pictures/step-{step:08d}.png"
+            tracker.log(step, result.metrics)
+            tracker.log_picture(name, result.picture)
+            run.write_bytes(name, _png(result.picture))
+            _say(rank, f"step {step}  " + "  ".join(f"{k} {v:.4f}" for k, v in result.metrics.items()))
+        return result.metrics
+
+    def save() -> None:
+        if checkpoints.checkpoint_name(step) in checkpoints.complete_checkpoints(run):
+            return
+        state: dict[str, Any] = {
+            "position": position,
+            "step": step,
+            "bad_samples": bad.listed(),
+            "mlflow_run_id": task.mlflow_run_id,
+            "config": config.model_dump(mode="json"),
+            "derived": asdict(derived),
+            "versions": checkpoints.versions(),
+        }
+        name = checkpoints.save_checkpoint(run, engine, step, state, config.run.keep_last, control)
+        _say(rank, f"step {step}  checkpoint {name} is complete")
+
+    batches = iter(train_loader)
+    meter = Meter(device, control)
+    metrics: dict[str, float] = {}
+    validated_at, bad_logged = -1, 0
+    while step < total_steps:
+        began = time.perf_counter()
+        micro_batches = next(batches)
+        meter.waited(time.perf_counter() - began)
+        total_weight = bad.account(micro_batches, position)
+
+        rate = learning_rate(
+            step,
+            total_steps=total_steps,
+            warmup_steps=derived.warmup_steps,
+            peak=derived.peak_lr,
+            final=derived.min_lr,
+        )
+        loss_sum = engine.accumulate(micro_batches, total_weight)
+        gradient_norm = engine.apply(rate)
+        position += global_batch
+        step += 1
+
+        if step % config.train.log_every_steps == 0 or step == total_steps:
+            point = meter.point(loss_sum, total_weight, global_batch)
+            metrics = {
+                "loss/train": point.loss,
+                "learning_rate": rate,
+                "gradient_norm": float(gradient_norm),
+                "epoch": position / train_loader.num_samples,
+                "clips_per_second": point.clips_per_second,
+                "clips_per_second_per_worker": point.clips_per_second / derived.world_size,
+                "data_wait_share": point.data_wait_share,
+                "memory_gib": point.memory_gib,
+                "bad_samples": len(bad),
+            }
+            if tracker is not None:
+                tracker.log(step, metrics)
+                if len(bad) > bad_logged:
+                    tracker.log_bytes(ARTIFACT, bad.parquet())
+                    bad_logged = len(bad)
+            _say(rank, progress_line(step, total_steps, rate, point, global_batch))
+        if step % config.validation.every_steps == 0 or step == total_steps:
+            metrics |= validation()
+            validated_at = step
+            meter.reset()
+        if step % config.run.checkpoint_every_steps == 0 or step == total_steps:
+            save()
+            meter.reset()
+
+    if validated_at < total_steps:  # the run had ended before: the same figures again, for the summary
+        metrics |= validation()
+    return metrics
+
+
+def _open_latest(run: Storage, control: dist.ProcessGroup) -> checkpoints.Checkpoint | None:
+    """The newest complete checkpoint, the same on all ranks, its parts verified by the ranks in turn."""
+    found = [checkpoints.complete_checkpoints(run)[-1:] if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(found, src=0, group=control)
+    if not found[0]:
+        return None
+    start = checkpoints.Checkpoint(run, found[0][0])
+    start.verify(start.manifest.parts[dist.get_rank() :: dist.get_world_size()])
+    dist.barrier(control)
+    return start
+
+
+def _data_path(config: RunConfig) -> str:
+    assert config.data.path is not None, "checked before launch"
+    return config.data.path
+
+
+def _validation_clips(data: Storage, config: RunConfig) -> int:
+    assert config.data.val_split is not None
+    return min(load_manifest(data, config.data.val_split).samples, config.validation.max_clips)
+
+
+def _png(picture: Any) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(picture).save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+def _say(rank: int, line: str) -> None:
+    if rank == 0:
+        print(line, flush=True)

@@ -1,0 +1,100 @@
+"""Loss on the held-out split, beside two controls that tell whether the model learned and uses its context."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from arvideo_dist.config import ModelConfig
+from arvideo_dist.data.loader import Batch
+from arvideo_dist.picture import reconstruction
+from arvideo_dist.train.engine import Engine
+
+PICTURED_CLIPS = 3
+
+
+@dataclass
+class Validation:
+    metrics: dict[str, float]
+    picture: np.ndarray | None  # on rank 0
+
+
+def validate(
+    engine: Engine, steps: Iterable[list[Batch]], model: ModelConfig, control: dist.ProcessGroup
+) -> Validation:
+    """Weighted means over all clips of `steps` on all ranks:
+
+    `loss/val`: the model's loss. `loss/val_other_context`: its loss when each clip is predicted from another
+    clip's context (clips without a partner in their micro batch are left out). `loss/constant_predictor`: the
+    loss of the best constant cube on the same targets, hence what a model scores that ignores its input.
+    """
+    engine.set_training(False)
+    sums: torch.Tensor | None = None
+    picture = None
+    with torch.no_grad():
+        for batch in (batch for step in steps for batch in step):
+            output = engine.forward(batch)
+            partners, paired = _partners(batch.weights)
+            other = engine.forward(batch, context_clips=batch.clips[partners])
+            batch_sums = _batch_sums(batch, output.loss_b, other.loss_b, paired, output.targets_bmp)
+            sums = batch_sums if sums is None else sums + batch_sums
+            if picture is None and dist.get_rank() == 0:
+                shown = slice(0, PICTURED_CLIPS)
+                picture = reconstruction(
+                    batch.clips[shown],
+                    batch.context_ids[shown],
+                    batch.target_ids[shown],
+                    output.predictions_bmp[shown],
+                    model,
+                )
+    engine.set_training(True)
+    assert sums is not None, "the validation loader gives every rank at least one batch"
+    dist.all_reduce(sums, group=control)
+    loss, weight, other_loss, pairs, targets = sums[:5].tolist()
+    total_p, squares_p = sums[5:].chunk(2)
+    metrics = {
+        "loss/val": loss / max(weight, 1),
+        "loss/constant_predictor": float((squares_p / targets - (total_p / targets).square()).mean()),
+    }
+    if pairs:
+        metrics["loss/val_other_context"] = other_loss / pairs
+    return Validation(metrics, picture)
+
+
+def _partners(weights_b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """For each clip another usable clip of the micro batch [B], and whether it has one (bool [B])."""
+    partners = torch.arange(len(weights_b))
+    usable = weights_b.nonzero().flatten()
+    paired = torch.zeros(len(weights_b), dtype=torch.bool)
+    if len(usable) > 1:
+        partners[usable] = usable.roll(1)
+        paired[usable] = True
+    return partners, paired
+
+
+def _batch_sums(
+    batch: Batch,
+    loss_b: torch.Tensor,
+    other_loss_b: torch.Tensor,
+    paired_b: torch.Tensor,
+    targets_bmp: torch.Tensor,
+) -> torch.Tensor:
+    """Host float64 vector: loss, weight, loss with another context, pairs, targets, then per cube value the
+    sum and the sum of squares of the targets."""
+    weights_b = batch.weights.double()
+    usable_tp = targets_bmp[batch.weights.to(targets_bmp.device) > 0].flatten(0, 1)
+    scalars = torch.stack(
+        [
+            (loss_b.cpu() * weights_b).sum(),
+            weights_b.sum(),
+            (other_loss_b.cpu().double() * paired_b).sum(),
+            paired_b.double().sum(),
+            torch.tensor(float(len(usable_tp)), dtype=torch.float64),
+        ]
+    )
+    # One cube value at a time would be exact; float32 within a batch and float64 across is close enough.
+    return torch.cat([scalars, usable_tp.sum(0).double().cpu(), usable_tp.square().sum(0).double().cpu()])

@@ -1,0 +1,37 @@
+"""Run a function on several gloo ranks of this machine, without Ray."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+
+def run_ranks(world_size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
+    """`function(*args)` on each rank with a gloo process group; the ranks' results, by rank."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    queue = mp.get_context("spawn").SimpleQueue()
+    mp.spawn(_rank, args=(world_size, port, queue, function, args), nprocs=world_size)
+    results = dict(queue.get() for _ in range(world_size))
+    return [results[rank] for rank in range(world_size)]
+
+
+def _rank(
+    rank: int, world_size: int, port: int, queue: Any, function: Callable[..., Any], args: tuple[Any, ...]
+) -> None:
+    os.environ.update(
+        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(world_size),
+        LOCAL_RANK=str(rank), DS_ACCELERATOR="cpu",
+    )
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", rank=rank, world_size=world_size)
+    queue.put((rank, function(*args)))
+    dist.barrier()
+    dist.destroy_process_group()
