@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from arvideo_dist.config import RunConfig
+from arvideo_dist.derived import derive
 from arvideo_dist.settings import read_config
 
 JOBS = Path(__file__).resolve().parents[2] / "jobs"
@@ -38,3 +39,12 @@ def test_recipes_leave_places_to_the_environment(name: str) -> None:
     assert given.run.storage_path == RunConfig().run.storage_path
     assert given.tracking.uri is None
     assert given.cluster == RunConfig().cluster
+
+
+@pytest.mark.parametrize("name", ["pretrain-k400.yaml", "pretrain-ssv2.yaml"])
+def test_recipes_derive_the_papers_numbers(name: str) -> None:
+    """Table 5's encoder tokens, section 3.3's queries, VideoMAE's learning rates; 8 GPUs need no padding."""
+    derived = derive(recipe(name), samples=None)
+    assert (derived.clusters, derived.encoder_tokens, derived.decoder_queries) == (16, 300, 1470)
+    assert (derived.peak_lr, derived.min_lr) == pytest.approx((1.2e-3, 8e-5))
+    assert (derived.world_size, derived.accumulation_steps, derived.padding_per_step) == (8, 8, 0)

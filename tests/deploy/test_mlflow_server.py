@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -37,6 +38,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
+        start_new_session=True,
     )
     assert process.stdout is not None
     try:
@@ -50,8 +52,8 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
         assert process.poll() is None, "".join(seen)
         yield port
     finally:
-        process.terminate()
-        process.communicate(timeout=60)
+        os.killpg(process.pid, signal.SIGKILL)  # the server is a tree of processes, its folder is thrown away
+        process.communicate()
     assert (volume / "mlflow.db").stat().st_size > 0
 
 
