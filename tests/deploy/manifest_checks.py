@@ -76,11 +76,6 @@ def containers(docs: list[Doc]) -> Iterator[tuple[str, Doc, Doc]]:
             yield f"{name}/{container['name']}", spec, container
 
 
-def head_group(docs: list[Doc]) -> Doc:
-    group: Doc = named(docs, "RayCluster")["spec"]["headGroupSpec"]
-    return group
-
-
 def _selects(selector: Doc, labels: dict[str, str]) -> bool:
     return selector.get("matchLabels", {}).items() <= labels.items()
 
