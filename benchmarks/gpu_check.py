@@ -27,6 +27,7 @@ import torch.distributed as dist
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a bare machine has no installed package
 
 from arvideo_dist.bench.report import environment, write_json
+
 from arvideo_dist.config import DecoderConfig, ModelConfig
 from arvideo_dist.flops import forward_backward_flops
 from arvideo_dist.model.arvideo import ARVideo
