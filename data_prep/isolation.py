@@ -8,6 +8,7 @@ machine makes a helper slow, not rejected.
 from __future__ import annotations
 
 import json
+import os
 import resource
 import signal
 import subprocess
@@ -16,6 +17,7 @@ import tempfile
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import IO, Any
 
 import psutil
@@ -129,12 +131,15 @@ class Prober:
 
     def _ask(self, what: str, path: str) -> dict[str, object]:
         if self._process is None:
+            # A Ray worker may have the package from a place that only its own sys.path names.
+            paths = [str(Path(__file__).parent.parent), os.environ.get("PYTHONPATH", "")]
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "data_prep.probe"],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,
                 text=True,
+                env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))},
                 start_new_session=True,
             )
             _running.add(self._process)

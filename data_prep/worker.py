@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from arvideo_dist.storage import Storage
-from data_prep import synthetic
+from data_prep import boxes, synthetic
 from data_prep.errors import Interrupted, Rejected
 from data_prep.isolation import Limits, Prober, stop_all
 from data_prep.items import Item
@@ -77,8 +77,12 @@ def _make(
     assert item.path is not None, f"{item.source} is neither a file nor a clip"
     _check_file(item.path)
     video, source = transcode(Path(item.path), target, settings, limits, prober)
-    # First picture's time in the source: what places annotations given in seconds.
-    return video, {"source_start": source.start, **item.extra}
+    extra = {"source_start": source.start, **item.extra}
+    if "boxes" in extra:
+        extra |= boxes.placed(extra["boxes"], extra["video_start"], source.start, video)
+    if item.file:
+        extra["file"] = item.file
+    return video, extra
 
 
 def _check_file(path: str) -> None:
@@ -111,6 +115,9 @@ class LocalPool:
         self._local = threading.local()
         self._probers: list[Prober] = []
         base = storage.path() if storage.is_local else None
+        if base:  # what a killed run left
+            for stale in Path(base).glob(f".work-{split}-*"):
+                shutil.rmtree(stale, ignore_errors=True)
         self._staging = Path(tempfile.mkdtemp(prefix=f".work-{split}-", dir=base))
 
     def __enter__(self) -> LocalPool:
