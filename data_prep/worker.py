@@ -25,15 +25,18 @@ from data_prep.probe import VideoInfo
 from data_prep.shards import Outcome, Sample, SliceRecord, write_slice
 from data_prep.transcode import TranscodeSettings, accept, encode_raw, transcode
 
+_TRIES = 6  # of one video, where its helpers are killed from outside (an operator, the kernel out of memory)
+
 
 def process(item: Item, folder: Path, settings: TranscodeSettings, limits: Limits, prober: Prober) -> Outcome:
     """Make the sample of `item`, its video a file in `folder`, or say why there is none.
 
-    A helper that is ended from outside or by a limit gets one more try. Raises OSError where the machine, not
-    the input, is at fault (a full disk).
+    A helper that crashes or meets a limit gets one more try, one that somebody kills a few. Raises OSError
+    where the machine, not the input, is at fault (a full disk).
     """
     target = folder / f"{item.key}.mp4"
-    for last in (False, True):
+    tries, crashes = 0, 0
+    while True:
         try:
             video, extra = _make(item, target, settings, limits, prober)
             break
@@ -42,8 +45,9 @@ def process(item: Item, folder: Path, settings: TranscodeSettings, limits: Limit
             return Outcome(item.source, reason=str(rejected))
         except Interrupted as interrupted:
             target.unlink(missing_ok=True)
-            if last:
-                return Outcome(item.source, reason=f"limit: {interrupted} (twice)")
+            tries, crashes = tries + 1, crashes + (not interrupted.outside)
+            if crashes == 2 or tries == _TRIES:
+                return Outcome(item.source, reason=f"limit: {interrupted} (tried {tries} times)")
     with open(target, "rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     sample = Sample(
