@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import shutil
+import socket
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -74,9 +75,12 @@ class RayPool:
         """`address`: a cluster's, `auto` for the one around, `local` to start one on this machine."""
         self._storage, self._split, self._settings, self._limits = storage, split, settings, limits
         try:
+            host, _, port = address.rpartition(":")
+            if host and port.isdigit():  # Ray itself tries for minutes before it says that nobody is there
+                socket.create_connection((host, int(port)), timeout=10).close()
             ray.init(address=address, log_to_driver=False)
-        except (ConnectionError, ValueError) as error:
-            raise UserError(f"--ray-address {address}: {error}") from error
+        except (OSError, ValueError) as error:
+            raise UserError(f"--ray-address {address}: no cluster answers there: {error}") from error
         self._videos: dict[ray.ObjectRef, ray.ObjectRef] = {}  # outcome -> video
 
     def __enter__(self) -> RayPool:

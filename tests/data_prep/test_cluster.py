@@ -106,6 +106,5 @@ def test_a_lost_node_changes_no_byte(
 def test_no_cluster_at_the_address_is_one_clear_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setenv("RAY_gcs_rpc_server_connect_timeout_s", "1")
     assert prepare(monkeypatch, *CLIPS, "--out", tmp_path / "out", "--ray-address", "127.0.0.1:1") == 2
     assert "--ray-address 127.0.0.1:1" in capsys.readouterr().err.splitlines()[-1]
