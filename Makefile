@@ -3,6 +3,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 
+DEMO_CLIPS := --width 64 --height 64 --frames 32
+
 .PHONY: setup demo test test-slow check format clean
 
 setup: $(VENV)/.complete
@@ -16,7 +18,9 @@ $(VENV)/.complete: pyproject.toml constraints.txt
 	@touch $@
 
 demo: setup
-	$(BIN)/python jobs/demo.py
+	$(BIN)/python -m data_prep synthetic --out build/demo-data --split train --num-videos 384 --seed 1 $(DEMO_CLIPS)
+	$(BIN)/python -m data_prep synthetic --out build/demo-data --split val --num-videos 64 --seed 2 $(DEMO_CLIPS)
+	$(BIN)/python -m arvideo_dist.pretrain --config jobs/demo.yaml
 
 test: setup
 	$(BIN)/pytest -m "not slow"

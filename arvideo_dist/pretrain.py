@@ -11,6 +11,7 @@ from arvideo_dist.config import RunConfig
 from arvideo_dist.derived import Derived, derive
 from arvideo_dist.settings import exit_with, read_config
 from arvideo_dist.train.launch import Finished, check_resume, derive_checked, launch, with_absolute_paths
+from arvideo_dist.train.stop import RunStoppedError
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -30,7 +31,9 @@ def main(argv: list[str] | None = None) -> None:
         _print_start(config, derived)
         finished = launch(config, derived)
     except ValueError as error:
-        exit_with(error)
+        exit_with(error, 2)
+    except RunStoppedError as error:
+        exit_with(error, 1)
     _print_end(config, finished)
 
 

@@ -155,7 +155,7 @@ def _known_keys(location: tuple[int | str, ...]) -> str:
     return f"sections are {', '.join(fields)}"
 
 
-def exit_with(error: ValueError) -> NoReturn:
-    """End a command for what the user did wrong: the message without a traceback, exit code 2."""
+def exit_with(error: Exception, code: int) -> NoReturn:
+    """End a command with the message alone: code 2 for what the user set wrong, 1 for a run that failed."""
     print(f"error: {error}", file=sys.stderr)
-    raise SystemExit(2)
+    raise SystemExit(code)

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
+import sys
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -42,7 +44,10 @@ def tracking_uri(config: RunConfig) -> str:
 def dashboard_command(config: RunConfig) -> str:
     """What a person does to see the run."""
     uri = tracking_uri(config)
-    return f"open {uri}" if uri.startswith("http") else f"mlflow ui --backend-store-uri {uri}"
+    if uri.startswith("http"):
+        return f"open {uri}"
+    mlflow = "mlflow" if shutil.which("mlflow") else f"{sys.executable} -m mlflow"
+    return f"{mlflow} ui --backend-store-uri {uri}"
 
 
 def open_run(config: RunConfig, derived: Mapping[str, Any]) -> str:

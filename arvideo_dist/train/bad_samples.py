@@ -13,15 +13,12 @@ import torch.distributed as dist
 
 from arvideo_dist.data.loader import BadRecord, Batch
 from arvideo_dist.storage import Storage
+from arvideo_dist.train.stop import RunStoppedError
 
 ARTIFACT = "bad_samples.parquet"
 _SCHEMA = pa.schema(
     [("place", pa.int64()), ("shard", pa.string()), ("key", pa.string()), ("reason", pa.string())]
 )
-
-
-class TooManyBadSamplesError(RuntimeError):
-    """More samples are unreadable than `data.max_bad_fraction` allows."""
 
 
 class BadSamples:
@@ -50,7 +47,7 @@ class BadSamples:
 
         `position`: places consumed before this batch. A small data set's first bad sample is not yet a large
         share of anything, so the fraction is of the places consumed or of one epoch, whichever is more.
-        Raises TooManyBadSamplesError, on every rank.
+        Raises RunStoppedError, on every rank.
         """
         bad = [record for batch in batches for record in batch.bad]
         weight = float(sum(batch.weights.sum() for batch in batches))
@@ -62,7 +59,7 @@ class BadSamples:
             limit = self._max_fraction * max(position, self._num_samples)
             if len(self) > limit:
                 last = next(reversed(self._records.values()))
-                raise TooManyBadSamplesError(
+                raise RunStoppedError(
                     f"{len(self)} bad samples are more than data.max_bad_fraction {self._max_fraction} allows "
                     f"({limit:.0f}); the last one: {last.shard} {last.key}: {last.reason}. "
                     f"All are listed in {self._run.uri}/{ARTIFACT}"

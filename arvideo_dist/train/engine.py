@@ -90,8 +90,9 @@ class Engine:
         (float32 scalar on the device).
         """
         loss_sum = torch.zeros((), device=self.device)
-        for index, batch in enumerate(batches):
-            weighted = (self.forward(batch).loss_b * batch.weights.to(self.device)).sum()
+        for index, host_batch in enumerate(batches):
+            batch = host_batch.to(self.device)
+            weighted = (self.forward(batch).loss_b * batch.weights).sum()
             # DeepSpeed averages over ranks; accumulation is already in total_weight.
             self._deepspeed.backward(weighted * (self.world_size / total_weight), scale_wrt_gas=False)
             if index < len(batches) - 1:

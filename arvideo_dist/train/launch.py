@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import datetime
+import json
 import os
+import warnings
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -12,6 +14,8 @@ from arvideo_dist.data.index import load_manifest
 from arvideo_dist.derived import Derived, derive
 from arvideo_dist.storage import Storage
 from arvideo_dist.train.checkpoint import FOLDER, complete_checkpoints
+from arvideo_dist.train.data import clips_per_epoch, training_sources
+from arvideo_dist.train.stop import RunStoppedError
 
 _COLLECTIVE_TIMEOUT_S = 1800
 
@@ -28,15 +32,10 @@ class Finished:
 
 def derive_checked(config: RunConfig) -> Derived:
     """The derived numbers of a run whose data set exists; ValueError says what is missing and where to set it."""
-    if config.data.path is None:
-        raise ValueError(
-            "data.path is not set: give the folder or URI that data_prep wrote, as --data.path, in the "
-            "YAML file, or as ARVIDEO__DATA__PATH"
-        )
-    data = Storage(config.data.path)
+    clips = clips_per_epoch(config.data)
     if config.data.val_split is not None:
-        load_manifest(data, config.data.val_split)
-    return derive(config, load_manifest(data, config.data.split).samples)
+        load_manifest(training_sources(config.data)[0].storage, config.data.val_split)
+    return derive(config, clips)
 
 
 def with_absolute_paths(config: RunConfig) -> RunConfig:
@@ -53,7 +52,11 @@ def with_absolute_paths(config: RunConfig) -> RunConfig:
         )
     run = config.run.model_copy(update={"storage_path": Storage(config.run.storage_path).uri})
     path = None if config.data.path is None else Storage(config.data.path).uri
-    return config.model_copy(update={"run": run, "data": config.data.model_copy(update={"path": path})})
+    mixture = tuple(
+        other.model_copy(update={"path": Storage(other.path).uri}) for other in config.data.mixture
+    )
+    data = config.data.model_copy(update={"path": path, "mixture": mixture})
+    return config.model_copy(update={"run": run, "data": data})
 
 
 def check_resume(config: RunConfig) -> None:
@@ -73,26 +76,33 @@ def check_resume(config: RunConfig) -> None:
 
 
 def launch(config: RunConfig, derived: Derived) -> Finished:
-    """Run the training on Ray and return when it has ended. Raises what ended it otherwise."""
+    """Run the training on Ray and return when it has ended.
+
+    Raises RunStoppedError where the run stopped itself, else what Ray Train raises after its restarts.
+    """
     from arvideo_dist import tracking  # MLflow and Ray take seconds to import: only after all checks
+    from arvideo_dist.train.loop import RESULT
 
     run_id = tracking.open_run(config, asdict(derived))
     run = Storage(config.run.storage_path).child(config.run.name)
     status = "FAILED"
     try:
-        metrics = _fit(config, derived, tracking.tracking_uri(config), run_id, run)
+        _fit(config, derived, tracking.tracking_uri(config), run_id, run)
+        result = json.loads(run.read_bytes(RESULT))
+        if "stopped" in result:
+            raise RunStoppedError(result["stopped"])
         status = "FINISHED"
     finally:
         tracking.close_run(config, run_id, status)
     return Finished(
-        metrics=metrics,
+        metrics=result,
         run_folder=run.uri,
         checkpoint=f"{run.uri}/{FOLDER}/{complete_checkpoints(run)[-1]}",
         mlflow_run_id=run_id,
     )
 
 
-def _fit(config: RunConfig, derived: Derived, uri: str, run_id: str, run: Storage) -> dict[str, float]:
+def _fit(config: RunConfig, derived: Derived, uri: str, run_id: str, run: Storage) -> None:
     import ray
     from ray.train import FailureConfig, ScalingConfig
     from ray.train import RunConfig as RayRunConfig
@@ -125,11 +135,9 @@ def _fit(config: RunConfig, derived: Derived, uri: str, run_id: str, run: Storag
                 failure_config=FailureConfig(max_failures=config.run.max_restarts),
             ),
         )
-        result = trainer.fit()
+        trainer.fit()
     finally:
         ray.shutdown()
-    assert result.metrics is not None
-    return dict(result.metrics)
 
 
 def _connect(config: RunConfig) -> None:
@@ -137,6 +145,9 @@ def _connect(config: RunConfig) -> None:
     import ray
 
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")  # else each worker line shows twice
+    # Importing torch and DeepSpeed on a busy node takes longer than the default of one minute.
+    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "300")
     address = config.cluster.address or ("auto" if _inside_ray_job() else os.environ.get("RAY_ADDRESS"))
     if address is not None:
         ray.init(address=address)
@@ -154,13 +165,15 @@ def _use_gpu(config: RunConfig, resources: dict[str, float]) -> bool:
 
 def _worker(payload: dict[str, Any]) -> None:
     """Runs in every Ray Train worker, with the process group up."""
-    import ray.train
     import torch
     import torch.distributed as dist
     from ray.train.torch import get_device
 
-    from arvideo_dist.train.loop import Task, train
+    from arvideo_dist.train.loop import RESULT, Task, train
 
+    warnings.filterwarnings(
+        "ignore", category=FutureWarning, module=r"torch\.distributed"
+    )  # DeepSpeed's calls
     device = get_device() if torch.cuda.is_available() else torch.device("cpu")
     control = dist.new_group(backend="gloo")
     task = Task(
@@ -169,7 +182,13 @@ def _worker(payload: dict[str, Any]) -> None:
         tracking_uri=payload["tracking_uri"],
         mlflow_run_id=payload["mlflow_run_id"],
     )
-    ray.train.report(train(task, device, control))
+    try:
+        train(task, device, control)
+    except RunStoppedError as error:  # returning is what keeps Ray Train from a restart
+        if dist.get_rank() == 0:
+            Storage(task.config.run.storage_path).child(task.config.run.name).write_bytes(
+                RESULT, json.dumps({"stopped": str(error)}).encode()
+            )
 
 
 def _inside_ray_job() -> bool:

@@ -1,0 +1,230 @@
+"""Invariants of the model: what predicts what, and that the loss is the one of the paper."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from arvideo_dist.config import DecoderConfig, ModelConfig
+from arvideo_dist.flops import forward_backward_flops, parameter_count
+from arvideo_dist.model.arvideo import ARVideo, cube_targets, restore_pixels
+from arvideo_dist.model.vit import from_cubes, sinusoid_positions, to_cubes
+
+GEOMETRY = {"frames": 8, "image_size": 32, "tubelet": (2, 8, 8)}  # 4 x 4 x 4 tokens
+SHAPES = [(1, 1, 1), (2, 2, 2), (1, 4, 4), (4, 1, 1), (4, 2, 2), (1, 2, 4)]
+ORDERS = ["random", "spatial_first", "temporal_first"]
+DECODER = DecoderConfig(width=64, depth=2)
+
+
+def make(seed: int = 0, **model: object) -> tuple[ARVideo, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """A model with every parameter disturbed (so that nothing is zero by initialisation) and two clips."""
+    torch.manual_seed(seed)
+    arvideo = ARVideo(ModelConfig(**{"encoder": "demo", **GEOMETRY, **model}), DECODER)
+    with torch.no_grad():
+        for parameter in arvideo.parameters():
+            parameter.add_(0.02 * torch.randn_like(parameter))
+    rng = np.random.default_rng(seed)
+    drawn = [arvideo.clusters.draw_sequence(rng) for _ in range(2)]
+    context_ids, target_ids = (torch.from_numpy(np.stack(ids)) for ids in zip(*drawn, strict=True))
+    clips = torch.randint(0, 256, (2, 3, 8, 32, 32), dtype=torch.uint8)
+    return arvideo, clips, context_ids, target_ids
+
+
+def order_of(arvideo: ARVideo, context_ids: torch.Tensor, target_ids: torch.Tensor) -> list[int]:
+    """The first clip's cluster ids in prediction order."""
+    members = arvideo.clusters.members_kn
+    cluster_of = {int(token): number for number, row in enumerate(members) for token in row}
+    first = [cluster_of[int(t)] for t in context_ids[0, :: arvideo.clusters.kept]]
+    return [*first, cluster_of[int(target_ids[0, -1])]]
+
+
+@pytest.mark.parametrize("min_context", [1, 2])
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_no_prediction_sees_its_own_cluster_or_a_later_one(
+    shape: tuple[int, int, int], order: str, min_context: int
+) -> None:
+    """Other pixels in cluster j change no prediction of clusters up to j in the order, and do change each
+    later one (the kept share is 1/2, so some changed tokens are seen)."""
+    arvideo, clips, context_ids, target_ids = make(
+        cluster=shape, order=order, min_context_clusters=min_context, mask_ratio=0.5
+    )
+    clusters = arvideo.clusters
+    in_order = order_of(arvideo, context_ids, target_ids)
+    with torch.no_grad():
+        before = arvideo(clips, context_ids, target_ids).predictions_bmp[0]
+        places = {0, 1, len(in_order) // 2, len(in_order) - 2, len(in_order) - 1}
+        for place in places:
+            cubes = to_cubes(clips, arvideo.tubelet)
+            cubes[0, torch.from_numpy(clusters.members_kn[in_order[place]])] ^= 0xFF
+            changed = from_cubes(cubes, arvideo.tubelet, (8, 32, 32))
+            after = arvideo(changed, context_ids, target_ids).predictions_bmp[0]
+            difference = (after - before).abs().amax(dim=-1).view(-1, clusters.size).amax(dim=-1)
+            up_to = max(place - min_context + 1, 0)
+            assert difference[:up_to].eq(0).all(), f"cluster at place {place} leaks"
+            assert difference[up_to:].gt(0).all(), f"cluster at place {place} is not used later"
+
+
+def test_tokens_of_one_cluster_attend_to_each_other_both_ways() -> None:
+    """At the level of the encoder: changing one kept token changes every feature of its cluster."""
+    arvideo, clips, context_ids, _ = make(cluster=(2, 2, 2), mask_ratio=0.5)
+    kept = arvideo.clusters.kept
+
+    def features(video: torch.Tensor) -> torch.Tensor:
+        cubes = to_cubes(video, arvideo.tubelet)[:1]
+        seen = arvideo._normalise(cubes[:, context_ids[0]])
+        return arvideo.encoder(seen, context_ids[:1], arvideo.encoder_mask)[0]
+
+    with torch.no_grad():
+        before = features(clips)
+        for slot in (0, kept - 1):
+            cubes = to_cubes(clips, arvideo.tubelet)
+            cubes[0, context_ids[0, kept + slot]] ^= 0xFF
+            after = features(from_cubes(cubes, arvideo.tubelet, (8, 32, 32)))
+            changed = (after - before).abs().amax(dim=-1) > 0
+            assert not changed[:kept].any()
+            assert changed[kept:].all()
+
+
+@pytest.mark.parametrize("norm", ["per_channel", "per_cube", "none"])
+@pytest.mark.parametrize("min_context", [1, 2])
+def test_loss_equals_a_reference_with_plain_loops(min_context: int, norm: str) -> None:
+    """The reference runs cluster after cluster without any mask: the encoder and decoder are given only what
+    they may see. It shares the layers, not the vectorised arithmetic around them."""
+    arvideo, clips, context_ids, target_ids = make(
+        cluster=(2, 2, 4), mask_ratio=0.75, min_context_clusters=min_context, target_norm=norm
+    )
+    clusters = arvideo.clusters
+    with torch.no_grad():
+        losses = arvideo(clips, context_ids, target_ids).loss_b
+        for clip, context, target, loss in zip(clips, context_ids, target_ids, losses, strict=True):
+            errors = []
+            for place in range(min_context, clusters.count):
+                features = _features_by_loops(arvideo, clip, context[: place * clusters.kept])
+                begin = (place - min_context) * clusters.size
+                for token in target[begin : begin + clusters.size].tolist():
+                    predicted = _predict_one(arvideo, features, context[: place * clusters.kept], token)
+                    errors.append((predicted - _target_by_loops(clip, token, norm)).square().mean())
+            assert torch.stack(errors).mean().item() == pytest.approx(loss.item(), rel=2e-5)
+
+
+def _cube_pixels(clip: torch.Tensor, token: int) -> torch.Tensor:
+    """Pixels [2, 8, 8, 3] in [0, 1] of one cube of a 4 x 4 x 4 grid."""
+    t, h, w = token // 16, token // 4 % 4, token % 4
+    cube = clip[:, 2 * t : 2 * t + 2, 8 * h : 8 * h + 8, 8 * w : 8 * w + 8]
+    return cube.permute(1, 2, 3, 0).float() / 255
+
+
+def _target_by_loops(clip: torch.Tensor, token: int, norm: str) -> torch.Tensor:
+    pixels = _cube_pixels(clip, token).numpy().astype(np.float64)
+    if norm == "per_channel":
+        for channel in range(3):
+            values = pixels[..., channel]
+            pixels[..., channel] = (values - values.mean()) / (values.std(ddof=1) + 1e-6)
+    elif norm == "per_cube":
+        pixels = (pixels - pixels.mean()) / (pixels.std(ddof=1) + 1e-6)
+    return torch.from_numpy(pixels).float().flatten()
+
+
+def _position(token: int, width: int) -> torch.Tensor:
+    angles = [token / 10000 ** (2 * (i // 2) / width) for i in range(width)]
+    return torch.tensor([math.sin(a) if i % 2 == 0 else math.cos(a) for i, a in enumerate(angles)])
+
+
+def _features_by_loops(arvideo: ARVideo, clip: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
+    """Encoder features of the last cluster's and all earlier tokens, one growing prefix at a time: tokens of
+    a cluster are computed from their own and earlier clusters only, so layers run without a mask."""
+    encoder, kept = arvideo.encoder, arvideo.clusters.kept
+    mean, std = torch.tensor((0.485, 0.456, 0.406)), torch.tensor((0.229, 0.224, 0.225))
+    tokens = []
+    for token in context.tolist():
+        pixels = (_cube_pixels(clip, token) - mean) / std
+        # the embedding as the convolution that VideoMAE has
+        embedded = encoder.patch_embed.proj(pixels.permute(3, 0, 1, 2)[None]).flatten()
+        tokens.append(embedded + _position(token, len(embedded)))
+    layers = [torch.stack(tokens)]
+    for block in encoder.blocks:
+        rows = []
+        for end in range(kept, len(context) + 1, kept):
+            rows.append(block(layers[-1][None, :end])[0, end - kept :])
+        layers.append(torch.cat(rows))
+    return encoder.norm(layers[-1])
+
+
+def _predict_one(arvideo: ARVideo, features: torch.Tensor, context: torch.Tensor, token: int) -> torch.Tensor:
+    decoder = arvideo.decoder
+    width = decoder.query_token.numel()
+    memory = torch.stack(
+        [decoder.embed(row) + _position(int(t), width) for row, t in zip(features, context, strict=True)]
+    )[None]
+    query = (decoder.query_token + _position(token, width))[None, None]
+    everything = torch.ones(1, memory.shape[1], dtype=torch.bool)
+    for block in decoder.blocks:
+        query = block(query, memory, everything)
+    return decoder.head(decoder.norm(query)).flatten()
+
+
+def test_another_clips_context_changes_predictions_and_not_targets() -> None:
+    arvideo, clips, context_ids, target_ids = make(cluster=(2, 2, 2))
+    with torch.no_grad():
+        own = arvideo(clips, context_ids, target_ids)
+        other = arvideo(clips, context_ids, target_ids, clips.flip(0))
+    assert torch.equal(own.targets_bmp, other.targets_bmp)
+    assert not torch.equal(own.predictions_bmp, other.predictions_bmp)
+
+
+@pytest.mark.parametrize("norm", ["per_channel", "per_cube", "none"])
+def test_restored_targets_are_the_pixels(norm: str) -> None:
+    cubes = torch.randint(0, 256, (2, 5, 384), dtype=torch.uint8)
+    assert torch.allclose(restore_pixels(cube_targets(cubes, norm), cubes, norm), cubes / 255, atol=1e-5)
+
+
+def test_flat_cube_has_target_zero() -> None:
+    assert cube_targets(torch.full((1, 1, 384), 77, dtype=torch.uint8), "per_channel").eq(0).all()
+
+
+def test_cubes_are_cut_and_put_together_in_videomae_order() -> None:
+    clips = torch.randint(0, 256, (2, 3, 4, 16, 24), dtype=torch.uint8)
+    cubes = to_cubes(clips, (2, 8, 8))
+    assert cubes.shape == (2, 2 * 2 * 3, 2 * 8 * 8 * 3)
+    token, p_t, p_h, p_w, channel = (1 * 2 + 1) * 3 + 2, 1, 5, 3, 2
+    assert cubes[1, token, ((p_t * 8 + p_h) * 8 + p_w) * 3 + channel] == clips[1, channel, 3, 13, 19]
+    assert torch.equal(from_cubes(cubes, (2, 8, 8), (4, 16, 24)), clips)
+
+
+def test_position_table_equals_its_formula() -> None:
+    table = sinusoid_positions(50, 12)[0]
+    for token in (0, 1, 49):
+        assert torch.allclose(table[token], _position(token, 12), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("model", "decoder"),
+    [
+        ({}, {}),
+        ({"min_context_clusters": 2}, {}),
+        ({"encoder": "small", "cluster": (1, 14, 14)}, {"width": 384}),
+        ({"encoder": "tiny", "mask_ratio": 0.5}, {"depth": 2}),
+    ],
+)
+def test_closed_form_flops_equal_torchs_counter(model: dict, decoder: dict) -> None:
+    model_config, decoder_config = ModelConfig(**model), DecoderConfig(**decoder)
+    arvideo = ARVideo(model_config, decoder_config)
+    drawn = arvideo.clusters.draw_sequence(np.random.default_rng(0))
+    context_ids, target_ids = (torch.from_numpy(ids)[None] for ids in drawn)
+    clips = torch.zeros(1, 3, 16, 224, 224, dtype=torch.uint8)
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        arvideo(clips, context_ids, target_ids).loss_b.sum().backward()
+    assert counter.get_total_flops() == forward_backward_flops(model_config, decoder_config)
+    assert sum(p.numel() for p in arvideo.parameters()) == parameter_count(model_config, decoder_config)
+
+
+def test_default_model_costs_what_the_reference_counts() -> None:
+    assert forward_backward_flops(ModelConfig(), DecoderConfig()) / 1e9 == pytest.approx(279.0, abs=0.05)
+    two = ModelConfig(min_context_clusters=2)
+    assert forward_backward_flops(two, DecoderConfig()) / 1e9 == pytest.approx(271.6, abs=0.05)

@@ -1,0 +1,125 @@
+"""What a user sets reaches the run, and what is wrong stops the command before anything else."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from arvideo_dist.config import RunConfig
+from arvideo_dist.pretrain import main
+from arvideo_dist.settings import ConfigError, read_config
+
+
+@pytest.fixture(autouse=True)
+def _clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("ARVIDEO_CONFIG", raising=False)
+
+
+def test_later_sources_win(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("train: {steps: 1, micro_batch: 1, global_batch: 4}\nmodel: {cluster: [4, 7, 7]}\n")
+    monkeypatch.setenv("ARVIDEO__TRAIN__STEPS", "2")
+    monkeypatch.setenv("ARVIDEO__TRAIN__MICRO_BATCH", "2")
+    config, _ = read_config(["--config", str(file), "--train.steps", "3"])
+    assert (config.train.steps, config.train.micro_batch, config.train.global_batch) == (3, 2, 4)
+    assert config.model.cluster == (4, 7, 7)
+    assert config.train.epochs == 800
+
+
+def test_config_file_may_come_from_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("run: {name: from-file}\n")
+    monkeypatch.setenv("ARVIDEO_CONFIG", str(file))
+    assert read_config([])[0].run.name == "from-file"
+
+
+def test_defaults_are_the_papers_kinetics_recipe() -> None:
+    config, _ = read_config([])
+    assert config == RunConfig()
+    assert (config.train.epochs, config.train.global_batch, config.data.stride) == (800, 2048, 4)
+    assert (config.optim.betas, config.optim.weight_decay) == ((0.9, 0.95), 0.05)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "environment", "expected"),
+    [
+        (["--model.clutser", "2,7,7"], {}, "--model.clutser"),
+        ([], {"ARVIDEO__TRAIN__STEP": "3"}, "train.step: unknown key; train has epochs, steps"),
+        ([], {"ARVIDEO__TRIAN__STEPS": "3"}, "there is no section 'trian'"),
+        (["--model.cluster", "3,7,7"], {}, "accepted K_T: 1|2|4|8"),
+        (["--model.tubelet", "3,16,16"], {}, "does not divide the clip (16, 224, 224)"),
+        (["--train.steps", "many"], {}, "train.steps: Input should be a valid integer"),
+        (["--train.zero_stage", "4"], {}, "train.zero_stage: Input should be less than or equal to 3"),
+        (["--model.min_context_clusters", "16"], {}, "leaves nothing to predict"),
+        (["--config", "/nowhere/run.yaml"], {}, "/nowhere/run.yaml: No such file"),
+    ],
+)
+def test_what_is_wrong_is_named_with_its_remedy(
+    arguments: list[str], environment: dict[str, str], expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError) as caught:
+        read_config(arguments)
+    assert expected in str(caught.value)
+
+
+def test_unknown_keys_of_a_file_are_refused(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("train: {stpes: 1}\nmodle: {}\n")
+    with pytest.raises(
+        ConfigError, match=r"(?s)train\.stpes: unknown key.*modle: unknown key; sections are run"
+    ):
+        read_config(["--config", str(file)])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--model.clutser", "2,7,7"], "--model.clutser"),
+        (["--model.cluster", "3,7,7"], "does not divide the token grid"),
+        (["--train.global_batch", "none"], "train.global_batch"),
+        ([], "data.path is not set"),
+        (["--data.path", "/nowhere"], "no data set at /nowhere"),
+    ],
+)
+def test_mistakes_stop_before_ray_starts_with_exit_code_2(arguments: list[str], expected: str) -> None:
+    script = (
+        "import sys\n"
+        "from arvideo_dist.pretrain import main\n"
+        "try:\n    main(sys.argv[1:])\n"
+        "finally:\n    assert 'ray' not in sys.modules and 'mlflow' not in sys.modules\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, *arguments], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    assert expected in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_dry_run_prints_the_derived_numbers_as_one_json_object(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["--dry-run", "--model.min_context_clusters", "2", "--cluster.workers", "3"])
+    derived = json.loads(capsys.readouterr().out)
+    assert (derived["encoder_tokens"], derived["decoder_queries"]) == (300, 1372)
+    assert derived["peak_lr"] == pytest.approx(1.2e-3)
+    assert derived["gflops_per_clip"] == pytest.approx(271.6, abs=0.05)
+    # 2048 clips by 3 workers x 32: 22 passes with room for 2112
+    assert (derived["accumulation_steps"], derived["padding_per_step"]) == (22, 64)
+    assert derived["total_steps"] is None
+
+
+def test_help_documents_every_field(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["--help"])
+    assert ended.value.code == 0
+    text = " ".join(capsys.readouterr().out.split())
+    for section, field in RunConfig.model_fields.items():
+        for name, info in field.annotation.model_fields.items():  # type: ignore[union-attr]
+            assert f"--{section}.{name}" in text
+            assert info.description, f"{section}.{name} has no description"
+            assert " ".join(info.description.split()) in text

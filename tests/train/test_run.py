@@ -1,0 +1,130 @@
+"""Whole runs on real Ray Train with two workers: what they leave, and that a killed worker changes nothing."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+from mlflow.tracking import MlflowClient
+
+from arvideo_dist.config import RunConfig
+from arvideo_dist.model.arvideo import ARVideo
+from arvideo_dist.storage import Storage
+from arvideo_dist.train.checkpoint import Checkpoint, complete_checkpoints
+from tests.train.runs import PretrainProcess, history, make_data, write_config
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs")
+    make_data(folder / "data")
+    return folder
+
+
+def _arguments(folder: Path, name: str) -> list[str]:
+    config = write_config(
+        folder / f"{name}.yaml",
+        run={"name": name, "storage_path": str(folder / "runs"), "checkpoint_every_steps": 4},
+        data={"stride": 2, "workers": 1, "path": str(folder / "data")},
+    )
+    return ["--config", str(config)]
+
+
+@pytest.fixture(scope="module")
+def whole(folder: Path) -> PretrainProcess:
+    """An uninterrupted run."""
+    process = PretrainProcess(_arguments(folder, "whole"))
+    assert process.finish() == 0, process.output
+    return process
+
+
+def test_run_says_what_it_will_do_and_where_everything_is(whole: PretrainProcess, folder: Path) -> None:
+    assert "14 encoder tokens, 56 decoder queries" in whole.output
+    assert "16 clips = 2 workers x 4 clips x 2 accumulation steps (padding 0)" in whole.output
+    assert "step 12/12" in whole.output
+    assert f"checkpoint  {folder}/runs/whole/checkpoints/step-00000012" in whole.output
+    assert "mlflow ui --backend-store-uri" in whole.output
+
+
+def test_every_step_is_in_mlflow_once_with_all_metrics(whole: PretrainProcess, folder: Path) -> None:
+    for metric in (
+        "loss/train", "learning_rate", "gradient_norm", "clips_per_second", "clips_per_second_per_worker",
+        "data_wait_share", "memory_gib",
+    ):  # fmt: skip
+        assert [step for step, _ in history(folder / "runs", "whole", metric)] == list(range(1, 13)), metric
+    for metric in ("loss/val", "loss/constant_predictor", "loss/val_other_context"):
+        assert [step for step, _ in history(folder / "runs", "whole", metric)] == [6, 12], metric
+    losses = [value for _, value in history(folder / "runs", "whole", "loss/train")]
+    assert losses[-1] < losses[0]
+
+
+def test_mlflow_holds_configuration_and_picture(whole: PretrainProcess, folder: Path) -> None:
+    record = json.loads((folder / "runs/whole/run.json").read_text())
+    client = MlflowClient(tracking_uri=f"sqlite:///{folder}/runs/mlflow.db")
+    run = client.get_run(record["mlflow_run_id"])
+    assert run.info.status == "FINISHED"
+    assert run.data.params["train.global_batch"] == "16"
+    names = {file.path for file in client.list_artifacts(record["mlflow_run_id"])}
+    assert {"config.yaml", "derived.json", "pictures"} <= names
+    pictures = {file.path for file in client.list_artifacts(record["mlflow_run_id"], "pictures")}
+    assert pictures == {"pictures/step-00000006.png", "pictures/step-00000012.png"}
+
+
+def test_checkpoint_opens_without_an_engine_and_only_the_newest_are_kept(
+    whole: PretrainProcess, folder: Path
+) -> None:
+    run = Storage(str(folder / "runs/whole"))
+    assert complete_checkpoints(run) == ["step-00000008", "step-00000012"]
+    checkpoint = Checkpoint(run, "step-00000012")
+    checkpoint.verify()
+    assert checkpoint.state["position"] == 12 * 16
+    assert checkpoint.state["optimizer_steps"] == 12
+    assert len(checkpoint.manifest.parts) == 2
+    config = RunConfig.model_validate(checkpoint.state["config"])
+    model = ARVideo(config.model, config.decoder)
+    before = model.encoder.patch_embed.proj.weight.clone()
+    checkpoint.load_weights(model)
+    assert not torch.equal(before, model.encoder.patch_embed.proj.weight)
+    assert all(parameter.isfinite().all() for parameter in model.parameters())
+
+
+def test_same_command_again_ends_at_once_and_writes_no_point_twice(
+    whole: PretrainProcess, folder: Path
+) -> None:
+    again = PretrainProcess(_arguments(folder, "whole"))
+    assert again.finish() == 0, again.output
+    assert "step-00000012, step 12" in again.output
+    assert [step for step, _ in history(folder / "runs", "whole", "loss/train")] == list(range(1, 13))
+    assert [step for step, _ in history(folder / "runs", "whole", "loss/val")] == [6, 12]
+
+
+def test_killed_worker_changes_no_loss_and_logs_no_step_twice(whole: PretrainProcess, folder: Path) -> None:
+    killed = PretrainProcess(_arguments(folder, "killed"))
+    killed.read_until(r"step 6/12")  # two steps after the checkpoint of step 4
+    killed.kill_worker()
+    assert killed.finish() == 0, killed.output
+    assert "continues from" in killed.output
+    for metric in ("loss/train", "loss/val", "loss/val_other_context", "gradient_norm", "learning_rate"):
+        expected = history(folder / "runs", "whole", metric)
+        assert history(folder / "runs", "killed", metric) == expected, metric
+
+
+def test_run_with_too_many_bad_samples_stops_without_a_restart_and_names_them(folder: Path) -> None:
+    damaged = folder / "damaged"
+    shutil.copytree(folder / "data", damaged)
+    shards = sorted(damaged.glob("train-*.tar"))
+    index = pq.read_table(damaged / "index-train.parquet").to_pylist()
+    row = next(row for row in index if row["shard"] == shards[0].name)
+    with open(shards[0], "r+b") as tar:
+        tar.seek(row["offset"])
+        tar.write(bytes(row["size"]))
+    process = PretrainProcess([*_arguments(folder, "bad"), "--data.path", str(damaged)])
+    assert process.finish() == 1
+    assert "1 bad samples are more than data.max_bad_fraction 0.01 allows" in process.output
+    assert process.output.count("starts from random weights") == 1
+    listed = pq.read_table(folder / "runs/bad/bad_samples.parquet").to_pylist()
+    assert [(bad["shard"], bad["key"]) for bad in listed] == [(row["shard"], row["key"])]
