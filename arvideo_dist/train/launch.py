@@ -111,6 +111,7 @@ def _fit(config: RunConfig, derived: Derived, uri: str, run_id: str, run: Storag
     _connect(config)
     try:
         use_gpu = _use_gpu(config, ray.cluster_resources())
+        _say_if_too_small(config, ray.cluster_resources(), use_gpu)
         trainer = TorchTrainer(
             _worker,
             train_loop_config={
@@ -161,6 +162,19 @@ def _use_gpu(config: RunConfig, resources: dict[str, float]) -> bool:
     if config.cluster.device != "auto":
         return config.cluster.device == "cuda"
     return resources.get("GPU", 0) > 0
+
+
+def _say_if_too_small(config: RunConfig, resources: dict[str, float], use_gpu: bool) -> None:
+    """Ray waits for nodes without a word; an autoscaler may be about to add them, so it is no error."""
+    wanted = {"GPU": config.cluster.workers} if use_gpu else {}
+    wanted["CPU"] = config.cluster.workers * config.cluster.cpus_per_worker
+    for kind, number in wanted.items():
+        if resources.get(kind, 0) < number:
+            print(
+                f"the cluster has {resources.get(kind, 0):g} {kind}s now, the run wants {number}: it waits until "
+                "nodes join; where no autoscaler adds them, lower cluster.workers or cluster.cpus_per_worker",
+                flush=True,
+            )
 
 
 def _worker(payload: dict[str, Any]) -> None:

@@ -1,0 +1,80 @@
+"""The tracking server, started for real with the arguments of k8s/30-mlflow.yaml."""
+
+from __future__ import annotations
+
+import http.client
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from manifest_checks import load_manifests, named
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
+    """The port of a server that runs the Deployment's command on a folder of this test."""
+    container = named(load_manifests(), "Deployment")["spec"]["template"]["spec"]["containers"][0]
+    assert container["command"] == ["mlflow", "server"]
+    volume, port = tmp_path_factory.mktemp("mlflow"), _free_port()
+    changed = {"--host=0.0.0.0": "--host=127.0.0.1", "--port=5000": f"--port={port}"}
+    assert changed.keys() <= set(container["args"])
+    arguments = [changed.get(a, a.replace("/mlflow/", f"{volume}/")) for a in container["args"]]
+    process = subprocess.Popen(
+        [str(Path(sys.executable).with_name("mlflow")), "server", *arguments],
+        cwd=volume,
+        env=os.environ | {variable["name"]: variable["value"] for variable in container["env"]},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    assert process.stdout is not None
+    try:
+        seen = []
+        for (
+            line
+        ) in process.stdout:  # ends, and the assertion below tells why, where the server does not start
+            seen.append(line)
+            if "Application startup complete" in line:
+                break
+        assert process.poll() is None, "".join(seen)
+        yield port
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)  # the server is a tree of processes, its folder is thrown away
+        process.communicate()
+    assert (volume / "mlflow.db").stat().st_size > 0
+
+
+def _status(port: int, path: str, host: str) -> int:
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+    connection.request("GET", path, headers={"Host": host})
+    status = connection.getresponse().status
+    connection.close()
+    return status
+
+
+@pytest.mark.parametrize(
+    "host", ["mlflow:5000", "mlflow.arvideo.svc.cluster.local:5000", "localhost:5000", "127.0.0.1:5000"]
+)
+def test_clients_of_the_cluster_and_of_port_forward_are_answered(server: int, host: str) -> None:
+    assert _status(server, "/api/2.0/mlflow/experiments/get?experiment_id=0", host) == 200
+
+
+def test_foreign_host_is_refused(server: int) -> None:
+    assert _status(server, "/api/2.0/mlflow/experiments/get?experiment_id=0", "evil.example:5000") == 403
+
+
+def test_probes_pass_though_the_kubelet_names_the_pod_by_its_address(server: int) -> None:
+    assert _status(server, "/health", "10.1.2.3:5000") == 200

@@ -1,0 +1,114 @@
+"""`ray job submit` to a running cluster, as users do it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import ROOT
+from tests.train.runs import TINY, history, make_data, write_config
+
+BIN = Path(sys.executable).parent
+
+
+def _free_ports(number: int) -> list[str]:
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(number)]
+    ports = [str(s.getsockname()[1]) for s in sockets]
+    for s in sockets:
+        s.close()
+    return ports
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("submit")
+    make_data(folder / "data")
+    write_config(folder / "tiny.yaml", train={**TINY["train"], "steps": 4}, run={"name": "from-environment"})
+    return folder
+
+
+@pytest.fixture(scope="module")
+def client(folder: Path) -> Iterator[dict[str, str]]:
+    """The environment of a client of a cluster with token authentication, whose own environment names the
+    configuration, the data and the storage, as a deployment does."""
+    gcs, dashboard, agent_http, agent_grpc, ray_client = _free_ports(5)
+    secret = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0123456789abcdef0123456789abcdef"}
+    path = f"{BIN}{os.pathsep}{os.environ['PATH']}"
+    deployment = {
+        "ARVIDEO_CONFIG": str(folder / "tiny.yaml"),
+        "ARVIDEO__DATA__PATH": str(folder / "data"),
+        "ARVIDEO__RUN__STORAGE_PATH": str(folder / "runs"),
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "PATH": path,
+    }
+    head = subprocess.Popen(
+        [
+            *(BIN / "ray", "start", "--head", "--block", "--num-cpus", "2", "--disable-usage-stats"),
+            *("--port", gcs, "--dashboard-port", dashboard, "--ray-client-server-port", ray_client),
+            *("--dashboard-agent-listen-port", agent_http, "--dashboard-agent-grpc-port", agent_grpc),
+        ],
+        env={**os.environ, **deployment, **secret},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    assert head.stdout is not None
+    try:
+        said = []
+        for line in head.stdout:
+            said.append(line)
+            if "Ray runtime started" in line:
+                break
+        else:
+            pytest.fail(f"ray start ended: {''.join(said)}")
+        yield {
+            **os.environ,
+            **secret,
+            "PATH": path,
+            "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{dashboard}",
+        }
+    finally:
+        head.send_signal(signal.SIGTERM)  # with --block it ends all that it started
+        head.communicate(timeout=120)
+
+
+def _submit(client: dict[str, str], *arguments: str) -> str:
+    done = subprocess.run(
+        [BIN / "ray", "job", "submit", *arguments],
+        env=client,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_job_with_the_working_directory_and_a_configuration_file_runs(
+    client: dict[str, str], folder: Path
+) -> None:
+    output = _submit(
+        client, "--working-dir", ".", "--", "python", "-m", "arvideo_dist.pretrain",
+        "--config", str(folder / "tiny.yaml"), "--run.name", "submitted",
+    )  # fmt: skip
+    assert "step 4/4" in output
+    assert [step for step, _ in history(folder / "runs", "submitted", "loss/train")] == [1, 2, 3, 4]
+
+
+def test_plain_job_takes_configuration_data_and_storage_from_the_environment(
+    client: dict[str, str], folder: Path
+) -> None:
+    output = _submit(client, "--", "python", "-m", "arvideo_dist.pretrain")
+    assert "run from-environment" in output
+    assert [step for step, _ in history(folder / "runs", "from-environment", "loss/train")] == [1, 2, 3, 4]
+    submitted = history(folder / "runs", "submitted", "loss/train")
+    assert history(folder / "runs", "from-environment", "loss/train") == submitted
