@@ -11,6 +11,7 @@ the decoder's memory: copy what is to be kept.
 from __future__ import annotations
 
 import io
+from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -24,6 +25,9 @@ from numpy.typing import NDArray
 from arvideo_dist.data.mp4 import read_table
 
 _SLICE_IDR = 5  # H.264 NAL unit types 1 to 5 are slices
+_KEPT_CONTEXTS = 16  # of some 4 MB
+# Decoders by their configuration: files of one size and encoding share it, and with it the decoder's buffers.
+_contexts: OrderedDict[bytes, av.VideoCodecContext] = OrderedDict()
 _reformatter = VideoReformatter()  # keeps its scaler between frames; a fresh one costs more than converting
 
 
@@ -44,6 +48,8 @@ def decode_rgb(video: bytes, indices: NDArray[np.int64]) -> list[NDArray[np.uint
     with _reasons():
         selection = select_packets(video, indices)
         if selection is None:
+            with _opened(video):  # decord leaks memory for each file that it cannot open
+                pass
             return decode_with_decord(video, indices)
         return [_rgb(frame) for frame in _decode(selection, indices)]
 
@@ -122,22 +128,34 @@ def _first_slice(data: bytes, length_bytes: int) -> tuple[int, int]:
 
 
 def _decode(selection: Selection, indices: NDArray[np.int64]) -> list[av.VideoFrame]:
-    context = av.CodecContext.create("h264", "r")
-    context.extradata = selection.header
-    context.thread_count = 1  # the loader's processes are the parallelism
+    context = _contexts.pop(selection.header, None)
+    if context is None:
+        context = av.CodecContext.create("h264", "r")
+        context.extradata = selection.header
+        context.thread_count = 1  # the loader's processes are the parallelism
     frames: dict[int, av.VideoFrame | None] = dict.fromkeys(indices.tolist())
     for packet in [*selection.packets, None]:  # None: what the decoder holds back
         for frame in context.decode(packet):
             if frame.pts in frames:
                 frames[frame.pts] = frame
+    context.flush_buffers()
+    _contexts[selection.header] = context  # now the newest; one that raised does not come back
+    if len(_contexts) > _KEPT_CONTEXTS:
+        _contexts.popitem(last=False)
     return _complete(list(frames.values()))
+
+
+@contextmanager
+def _opened(video: bytes) -> Iterator[av.container.InputContainer]:
+    with av.open(io.BytesIO(video), mode="r") as container:
+        if not container.streams.video:
+            raise BadSample("decode: no video stream")
+        yield container
 
 
 def _decode_all(video: bytes, indices: NDArray[np.int64]) -> list[av.VideoFrame]:
     """Through libavformat, every picture up to the last one wanted."""
-    with av.open(io.BytesIO(video), mode="r") as container:
-        if not container.streams.video:
-            raise BadSample("decode: no video stream")
+    with _opened(video) as container:
         stream = container.streams.video[0]
         stream.codec_context.thread_count = 1
         wanted = set(indices.tolist())
