@@ -26,7 +26,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from tqdm import tqdm
 
-from arvideo_dist.data.index import FORMAT_VERSION, DatasetManifest, load_manifest, manifest_name
+from arvideo_dist.data.index import (
+    FORMAT_VERSION,
+    DatasetManifest,
+    index_name,
+    load_manifest,
+    manifest_name,
+    rejects_name,
+)
 from arvideo_dist.storage import Storage
 from data_prep.errors import UserError
 from data_prep.items import Inputs, Item, shuffled
@@ -35,6 +42,7 @@ from data_prep.shards import (
     Part,
     SliceRecord,
     finished_parts,
+    labels_name,
     progress_folder,
     publish,
     read_table,
@@ -279,7 +287,8 @@ def sole_writer(storage: Storage, split: str) -> Iterator[None]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(f"{storage.uri}: another run is preparing split {split!r} there") from None
-        storage.clear_partial(f"{split}-", f"index-{split}", f"rejects-{split}", f"dataset-{split}")
+        whole = (index_name(split), rejects_name(split), labels_name(split), manifest_name(split))
+        storage.clear_partial(f"{split}-", *(f"{name}." for name in whole))
         yield
 
 

@@ -290,3 +290,31 @@ def test_a_video_that_meets_its_limit_is_tried_twice_and_rejected(
     (reject,) = pq.read_table(tmp_path / "out" / "rejects-train.parquet").to_pylist()
     assert reject["reason"].startswith("limit: ")
     assert reject["reason"].endswith("(tried 2 times)")
+
+
+def test_ava_boxes_stand_in_the_samples(
+    shared_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make(tmp_path / "videos" / "1j20qq1JyX4.mkv", source="testsrc2=s=160x120:r=30:d=3")
+    annotations = shared_dir / "annotations"
+    arguments = (
+        *("ava", "--annotations", annotations / "ava_v2.2_excerpt.csv", "--videos", tmp_path / "videos"),
+        *("--label-map", annotations / "label_map_ava.txt", "--video-start", 900, "--out", tmp_path / "out"),
+    )
+    assert prepare(monkeypatch, *arguments) == 0
+    (url,) = (tmp_path / "out").glob("*.tar")
+    (sample,) = webdataset.WebDataset(str(url), shardshuffle=False).decode()
+    described = sample["json"]
+    assert [(box["frame"], box["action"], box["person"]) for box in described["boxes"]] == [
+        (60, 12, 1),
+        (60, 79, 1),
+        (60, 12, 0),
+        (60, 17, 0),
+    ]
+    assert (described["boxes_outside"], described["file"]) == (0, "1j20qq1JyX4.mkv")
+    assert (tmp_path / "out" / "labels-train.txt").read_text().splitlines()[12] == "stand"
+
+
+def test_the_label_map_stands_beside_the_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert prepare(monkeypatch, "synthetic", "--out", tmp_path, "--num-videos", 2, *SMALL) == 0
+    assert (tmp_path / "labels-train.txt").read_text().splitlines() == list(CLASSES)
