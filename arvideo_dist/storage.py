@@ -124,6 +124,15 @@ class Storage:
         elif kind == pafs.FileType.File:
             self.fs.delete_file(self.path(name))
 
+    def clear_partial(self, *prefixes: str) -> None:
+        """Remove what killed writers left of local members whose names begin with one of `prefixes`.
+
+        Only for who is sure that nobody is writing them now.
+        """
+        for name in self.names() if self.is_local else []:
+            if name.endswith(".partial") and name.startswith(tuple(f".{prefix}" for prefix in prefixes)):
+                self.delete(name)
+
     @contextlib.contextmanager
     def writing(self, name: str) -> Iterator[Path]:
         """A local path to write to; on a clean exit its content is synced and appears as member `name`.

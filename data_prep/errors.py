@@ -8,7 +8,14 @@ class Rejected(Exception):  # noqa: N818  (an outcome of one input, not an error
 
 
 class Interrupted(Exception):  # noqa: N818
-    """A helper process died or ran out of a limit while on one input; worth one more try."""
+    """A helper process died or ran out of a limit while on one input; worth another try.
+
+    `outside`: it was killed by somebody else, which says little about the input.
+    """
+
+    def __init__(self, words: str, outside: bool = False) -> None:
+        super().__init__(words)
+        self.outside = outside
 
 
 class UserError(ValueError):

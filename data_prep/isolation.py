@@ -8,6 +8,7 @@ machine makes a helper slow, not rejected.
 from __future__ import annotations
 
 import json
+import os
 import resource
 import signal
 import subprocess
@@ -16,6 +17,7 @@ import tempfile
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import IO, Any
 
 import psutil
@@ -48,13 +50,33 @@ def _limit(pid: int, limits: Limits, used_cpu_s: float = 0.0) -> None:
         pass  # it has ended already: the caller reads its exit status
 
 
-def died_of(returncode: int, limits: Limits) -> str:
-    """Words for how a helper ended."""
-    if returncode == -signal.SIGXCPU:
-        return f"takes more than {limits.cpu_s:.0f} s of CPU time"
-    if returncode < 0:
-        return f"ended by {signal.Signals(-returncode).name}"
-    return f"exit status {returncode}"
+class _Watch:
+    """Kills a helper that waits for ever, and knows afterwards how it ended."""
+
+    def __init__(self, process: subprocess.Popen[Any], limits: Limits) -> None:
+        self._process, self._limits = process, limits
+        self._wall_s = _WALL_FACTOR * limits.cpu_s
+        self._expired = False
+        self._timer = threading.Timer(self._wall_s, self._expire)
+        self._timer.start()
+
+    def _expire(self) -> None:
+        self._expired = True
+        self._process.kill()
+
+    def stop(self) -> None:
+        self._timer.cancel()
+
+    def died(self, returncode: int) -> Interrupted:
+        """How the helper ended that was not to end."""
+        if self._expired:
+            return Interrupted(f"no end after {self._wall_s:.0f} s")
+        if returncode == -signal.SIGXCPU:
+            return Interrupted(f"takes more than {self._limits.cpu_s:.0f} s of CPU time")
+        if returncode >= 0:
+            return Interrupted(f"the reader ends with status {returncode}")
+        outside = -returncode in (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+        return Interrupted(f"ended by {signal.Signals(-returncode).name}", outside)
 
 
 def run(
@@ -74,8 +96,7 @@ def run(
             start_new_session=True,  # Ctrl-C is for the program, which must not take it for a damaged video
         )
         _running.add(process)
-        timer = threading.Timer(_WALL_FACTOR * limits.cpu_s, process.kill)
-        timer.start()
+        watch = _Watch(process, limits)
         try:
             _limit(process.pid, limits)
             if feed and process.stdin:
@@ -90,12 +111,12 @@ def run(
             process.wait()
             raise
         finally:
-            timer.cancel()
+            watch.stop()
             _running.discard(process)
         messages.seek(0)
         text = messages.read(_STDERR_BYTES).decode("utf-8", "replace")
     if returncode < 0:
-        raise Interrupted(died_of(returncode, limits))
+        raise watch.died(returncode)
     return returncode, text
 
 
@@ -129,20 +150,22 @@ class Prober:
 
     def _ask(self, what: str, path: str) -> dict[str, object]:
         if self._process is None:
+            # A Ray worker may have the package from a place that only its own sys.path names.
+            paths = [str(Path(__file__).parent.parent), os.environ.get("PYTHONPATH", "")]
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "data_prep.probe"],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,
                 text=True,
+                env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))},
                 start_new_session=True,
             )
             _running.add(self._process)
         process = self._process
         assert process.stdin
         assert process.stdout
-        timer = threading.Timer(_WALL_FACTOR * self._limits.cpu_s, process.kill)
-        timer.start()
+        watch = _Watch(process, self._limits)
         try:
             times = psutil.Process(process.pid).cpu_times()
             _limit(process.pid, self._limits, times.user + times.system)
@@ -152,13 +175,12 @@ class Prober:
         except (BrokenPipeError, psutil.NoSuchProcess):
             line = ""
         finally:
-            timer.cancel()
+            watch.stop()
         if not line:
             process.communicate()
             _running.discard(process)
-            returncode = process.returncode
             self._process = None
-            raise Interrupted(died_of(returncode, self._limits))
+            raise watch.died(process.returncode)
         answer = json.loads(line)
         if "rejected" in answer:
             raise Rejected(answer["rejected"])

@@ -19,6 +19,7 @@ class Item:
 
     source: str  # unique name of the input in its data set, as it goes into index and rejects
     path: str | None = None
+    file: str | None = None  # where the source goes by another name: the file below the videos' folder
     clip: Clip | None = None
     label: int = -1
     label_name: str | None = None
@@ -45,7 +46,11 @@ class Inputs:
         """Hex digest of names and labels in the source's order; files may come and go without changing it."""
         total = hashlib.sha256()
         for item in self.items:
-            total.update(repr((item.source, item.label, item.label_name)).encode("utf-8", "backslashreplace"))
+            total.update(
+                repr((item.source, item.label, item.label_name, item.extra)).encode(
+                    "utf-8", "backslashreplace"
+                )
+            )
         return total.hexdigest()
 
 

@@ -2,6 +2,7 @@
 
     progress-<split>/settings.json         what this run makes, from its first moment
     progress-<split>/slice-000000.json     one for each finished slice, written after its shard
+    progress-<split>/base-*                while rejects are retried: the files that are about to be replaced
 
 A run that ends at any point is continued by the same command: slices with a record are not made again.
 """
@@ -15,27 +16,40 @@ import importlib.metadata
 import json
 import sys
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+import pyarrow as pa
+import pyarrow.compute as pc
 from tqdm import tqdm
 
 from arvideo_dist.data.index import FORMAT_VERSION, DatasetManifest, load_manifest, manifest_name
 from arvideo_dist.storage import Storage
 from data_prep.errors import UserError
 from data_prep.items import Inputs, Item, shuffled
-from data_prep.shards import Outcome, SliceRecord, progress_folder, publish, read_record
+from data_prep.shards import (
+    Outcome,
+    Part,
+    SliceRecord,
+    finished_parts,
+    progress_folder,
+    publish,
+    read_table,
+)
 from data_prep.transcode import TranscodeSettings, ffmpeg
 
 _OPEN_SLICES = 4  # begun and not yet written; bounds the staged videos when one video takes long
 
 
 class Executor(Protocol):
-    """Where the work runs. Handles are opaque to this module."""
+    """Where the work runs. Handles are hashable and opaque to this module."""
 
-    slots: int  # videos to keep in flight
+    @property
+    def slots(self) -> int:
+        """Videos to keep in flight."""
 
     def video(self, item: Item) -> Any: ...
     def shard(self, number: int, videos: list[Any]) -> Any: ...
@@ -73,28 +87,6 @@ def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> l
     return found
 
 
-@dataclass
-class _Slice:
-    number: int
-    parts: list[Any]  # an Outcome, or the executor's handle of a video
-    waiting: int = 0
-    items_left: int = field(default=0)
-
-
-def existing(storage: Storage, split: str, settings: dict[str, Any]) -> DatasetManifest | None:
-    """The finished split where these settings have already made it; refuses what others made or began."""
-    if storage.exists(manifest_name(split)):
-        manifest = load_manifest(storage, split)
-        _refuse_mixture(storage, split, manifest.settings, settings)
-        return manifest
-    begun = f"{progress_folder(split)}/settings.json"
-    if storage.exists(begun):
-        _refuse_mixture(storage, split, json.loads(storage.read_bytes(begun)), settings)
-    else:
-        storage.write_bytes(begun, json.dumps(settings, indent=1, sort_keys=True).encode())
-    return None
-
-
 def _refuse_mixture(storage: Storage, split: str, old: dict[str, Any], new: dict[str, Any]) -> None:
     changed = differences(old, new)
     if changed:
@@ -104,95 +96,179 @@ def _refuse_mixture(storage: Storage, split: str, old: dict[str, Any], new: dict
         )
 
 
+@dataclass
+class _Plan:
+    """What is left to make, and what is there already."""
+
+    items: list[Item]
+    first_slice: int
+    base: Part | None  # the finished split, where its rejects are retried
+    refused: list[tuple[str, str]]  # inputs that need no slice: known to be impossible
+
+
+def _plan(
+    storage: Storage, split: str, inputs: Inputs, settings: dict[str, Any], retry: bool
+) -> _Plan | DatasetManifest:
+    """The plan of this run; the manifest where there is nothing to do."""
+    folder = progress_folder(split)
+    begun = storage.names(folder)
+    retrying = "base-manifest.json" in begun
+    if retrying:
+        manifest = DatasetManifest.model_validate_json(storage.read_bytes(f"{folder}/base-manifest.json"))
+    elif storage.exists(manifest_name(split)):
+        manifest = load_manifest(storage, split)
+    elif retry:
+        raise UserError(f"--retry-rejects: {storage.uri} has no finished split {split!r} yet; run without it")
+    else:
+        if "settings.json" in begun:
+            _refuse_mixture(
+                storage, split, json.loads(storage.read_bytes(f"{folder}/settings.json")), settings
+            )
+        else:
+            _begin(storage, split, settings)
+        return _Plan(shuffled(inputs.items, settings["seed"]), 0, None, [])
+    _refuse_mixture(storage, split, manifest.settings, settings)
+    if not (retry or retrying) or not manifest.rejects:
+        return manifest
+    if not retrying:
+        for source, copy in (
+            (manifest.index.name, "base-index.parquet"),
+            (manifest.rejects_file.name, "base-rejects.parquet"),
+            (manifest_name(split), "base-manifest.json"),
+        ):
+            storage.write_bytes(f"{folder}/{copy}", storage.read_bytes(source))
+        _begin(storage, split, settings)
+    base_rejects = read_table(storage, f"{folder}/base-rejects.parquet")
+    base = Part(
+        read_table(storage, f"{folder}/base-index.parquet"), base_rejects.slice(0, 0), manifest.shards
+    )
+    again = set(base_rejects["source"].to_pylist())
+    taken = set(base.index["source"].to_pylist())  # a duplicate is rejected under the name of a sample
+    candidates = [item for item in inputs.items if item.source in again]
+    numbers = [int(shard.name.removeprefix(f"{split}-").removesuffix(".tar")) for shard in manifest.shards]
+    return _Plan(
+        shuffled(
+            [item for item in candidates if item.reason is None and item.source not in taken],
+            settings["seed"],
+        ),
+        max(numbers, default=-1) + 1,
+        base,
+        [(item.source, item.reason) for item in candidates if item.reason is not None],
+    )
+
+
+def _begin(storage: Storage, split: str, settings: dict[str, Any]) -> None:
+    text = json.dumps(settings, indent=1, sort_keys=True)
+    storage.write_bytes(f"{progress_folder(split)}/settings.json", text.encode())
+
+
 def prepare(
-    inputs: Inputs, storage: Storage, split: str, settings: dict[str, Any], executor: Executor
-) -> DatasetManifest:
-    """Make every slice that is not done yet with `executor`, then publish the split."""
-    items = shuffled(inputs.items, settings["seed"])
+    inputs: Inputs,
+    storage: Storage,
+    split: str,
+    settings: dict[str, Any],
+    executor: Callable[[], AbstractContextManager[Executor]],
+    retry: bool = False,
+) -> tuple[DatasetManifest, bool]:
+    """Make every slice that is not done yet, then publish the split; its manifest, and whether work was done.
+
+    With `retry` the rejects of a finished split are tried again; what comes of them goes into further shards.
+    """
+    plan = _plan(storage, split, inputs, settings, retry)
+    if isinstance(plan, DatasetManifest):
+        return plan, False
     size = settings["shard_size"]
-    count = -(-len(items) // size)
-    records: dict[int, SliceRecord] = {}
-    for number in range(count):
-        record = read_record(storage, split, number)
-        if record:
-            records[number] = record
-    done = sum(len(record.rows) + len(record.rejects) for record in records.values())
+    numbers = range(plan.first_slice, plan.first_slice + -(-len(plan.items) // size))
+    parts = finished_parts(storage, split, numbers)
+    done = sum(part.index.num_rows + part.rejects.num_rows for part in parts.values())
     todo = (
-        (number, items[number * size : (number + 1) * size])
-        for number in range(count)
-        if number not in records
+        (number, plan.items[(number - plan.first_slice) * size : (number - plan.first_slice + 1) * size])
+        for number in numbers
+        if number not in parts
     )
+    rejects = sum(part.rejects.num_rows for part in parts.values())
     pace = 0.2 if sys.stderr.isatty() else 10.0  # seconds between lines
-    with tqdm(total=len(items), initial=done, unit="video", desc=split, mininterval=pace) as bar:
-        rejects = sum(len(record.rejects) for record in records.values())
-        for outcome_or_record in _work(todo, executor):
-            if isinstance(outcome_or_record, Outcome):
-                rejects += outcome_or_record.reason is not None
-                bar.set_postfix(rejects=rejects, refresh=False)
-                bar.update()
-            else:
-                number, record = outcome_or_record
-                records[number] = record
-    return publish(
-        storage,
-        split,
-        [records[number] for number in range(count)],
-        inputs.labels,
-        settings,
-        fingerprint(settings),
-    )
+    with tqdm(total=len(plan.items), initial=done, unit="video", desc=split, mininterval=pace) as bar:
+        if done < len(plan.items):
+            with executor() as running:
+                for result in _work(todo, running):
+                    if isinstance(result, Outcome):
+                        rejects += result.reason is not None
+                        bar.set_postfix(rejects=rejects, refresh=False)
+                        bar.update()
+                    else:
+                        parts[result[0]] = Part.of(result[1])
+    made = [parts[number] for number in numbers]
+    if plan.base:
+        made = [plan.base, *made]
+    made.append(Part.of(SliceRecord(shard=None, rows=[], rejects=plan.refused)))
+    manifest = publish(storage, split, made, inputs.labels, settings, fingerprint(settings))
+    return manifest, True
+
+
+@dataclass
+class _Slice:
+    number: int
+    parts: list[Any]  # an Outcome, or the executor's handle of a video
+    left: int  # items not handed out yet
+    waiting: int = 0  # videos not done yet
 
 
 def _work(
     todo: Iterator[tuple[int, list[Item]]], executor: Executor
 ) -> Iterator[Outcome | tuple[int, SliceRecord]]:
     """Outcomes and finished slices as they come; `executor.slots` videos and a few slices at a time."""
-    videos: dict[Any, tuple[_Slice, int]] = {}
-    shards: dict[Any, int] = {}
+    videos: dict[Any, _Slice] = {}
+    shards: dict[Any, _Slice] = {}  # holds the slice, and so its videos' handles, until its shard is written
     feeding: tuple[_Slice, Iterator[Item]] | None = None
-    open_slices = 0
+
+    def close_if_complete(current: _Slice) -> None:
+        if not current.waiting and not current.left:
+            shards[executor.shard(current.number, current.parts)] = current
+
+    def begun() -> int:
+        return len({id(current) for current in (*videos.values(), *shards.values())})
+
     while True:
         while len(videos) < executor.slots:
             if feeding is None:
-                batch = next(todo, None) if open_slices < _OPEN_SLICES else None
+                batch = next(todo, None) if begun() < _OPEN_SLICES else None
                 if batch is None:
                     break
-                feeding = (_Slice(batch[0], [], items_left=len(batch[1])), iter(batch[1]))
-                open_slices += 1
-            current, remaining = feeding
-            item = next(remaining)
-            current.items_left -= 1
+                feeding = (_Slice(batch[0], [], left=len(batch[1])), iter(batch[1]))
+            current, items = feeding
+            item = next(items)
+            current.left -= 1
             if item.reason is not None:
                 outcome = Outcome(item.source, reason=item.reason)
                 current.parts.append(outcome)
                 yield outcome
             else:
                 handle = executor.video(item)
-                videos[handle] = (current, len(current.parts))
+                videos[handle] = current
                 current.parts.append(handle)
                 current.waiting += 1
-            if not current.items_left:
+            if not current.left:
                 feeding = None
-                if not current.waiting:
-                    shards[executor.shard(current.number, current.parts)] = current.number
+                close_if_complete(current)
         if not videos and not shards:
             return
         for handle in executor.wait(videos.keys() | shards.keys()):
             if handle in shards:
-                open_slices -= 1
-                yield shards.pop(handle), executor.record(handle)
-                continue
-            current, _ = videos.pop(handle)
-            current.waiting -= 1
-            yield executor.outcome(handle)
-            if not current.waiting and not current.items_left:
-                shards[executor.shard(current.number, current.parts)] = current.number
+                yield shards.pop(handle).number, executor.record(handle)
+            else:
+                current = videos.pop(handle)
+                current.waiting -= 1
+                yield executor.outcome(handle)
+                close_if_complete(current)
 
 
 @contextlib.contextmanager
 def sole_writer(storage: Storage, split: str) -> Iterator[None]:
-    """Hold the local output folder against a second run (object storage has no locks: equal runs write equal
-    bytes there). Leftovers of a killed run are removed."""
+    """Hold a local output folder against a second run, and clear away what a killed one was writing.
+
+    Object storage has no locks; two equal runs write equal bytes there.
+    """
     if not storage.is_local:
         yield
         return
@@ -203,32 +279,29 @@ def sole_writer(storage: Storage, split: str) -> Iterator[None]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(f"{storage.uri}: another run is preparing split {split!r} there") from None
+        storage.clear_partial(f"{split}-", f"index-{split}", f"rejects-{split}", f"dataset-{split}")
         yield
 
 
-def summary(storage: Storage, manifest: DatasetManifest, inputs: Inputs, seconds: float | None) -> str:
+def summary(storage: Storage, manifest: DatasetManifest, remarks: list[str], seconds: float | None) -> str:
     """The closing words for the terminal; `seconds` none where there was nothing left to do."""
-    import pyarrow.parquet as pq
-
-    def table(name: str) -> Any:
-        with storage.fs.open_input_file(storage.path(name)) as file:
-            return pq.read_table(file)
-
-    index, rejects = table(manifest.index.name), table(manifest.rejects_file.name)
+    index, rejects = (read_table(storage, file.name) for file in (manifest.index, manifest.rejects_file))
     size = sum(shard.size for shard in manifest.shards)
-    hours = sum(index["duration"].to_pylist()) / 3600
-    lines = [
-        f"{manifest.samples + manifest.rejects} inputs: {manifest.samples} samples in {len(manifest.shards)}"
-        f" shard(s), {manifest.rejects} rejected"
-    ]
-    reasons = Counter(reason.split(":")[0] for reason in rejects["reason"].to_pylist())
-    lines += [f"  {count} x {reason}" for reason, count in reasons.most_common()]
-    lines += [f"  {remark}" for remark in inputs.remarks]
+    hours = (pc.sum(index["duration"]).as_py() or 0) / 3600
+    total = manifest.samples + manifest.rejects
+    made = f"{manifest.samples} samples in {len(manifest.shards)} shard(s)"
+    lines = [f"{total} inputs: {made}, {manifest.rejects} rejected"]
+    lines += [f"  {count} x {reason}" for reason, count in reject_kinds(rejects)]
+    lines += [f"  {remark}" for remark in remarks]
     lines.append(f"{hours:.2f} hours of video, {size / 2**20:.1f} MiB, {len(manifest.labels)} labels")
     if seconds is None:
         lines.append("nothing to do: this split was already complete")
     else:
-        total = manifest.samples + manifest.rejects
         lines.append(f"took {seconds:.1f} s, {total / max(seconds, 1e-9):.2f} videos/s")
     lines.append(f"data set: {storage.uri} split {manifest.split} ({manifest_name(manifest.split)})")
     return "\n".join(lines)
+
+
+def reject_kinds(rejects: pa.Table) -> list[tuple[str, int]]:
+    """Kinds of reasons (the words before the colon) and how often each occurs, most frequent first."""
+    return Counter(reason.split(":")[0] for reason in rejects["reason"].to_pylist()).most_common()

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from fractions import Fraction
 from itertools import pairwise
 from typing import Any
@@ -45,7 +46,11 @@ class SourceInfo(BaseModel):
     hdr: bool
     rotation: int  # degrees; 0 where the stored picture is upright
     square_pixels: bool
-    has_other_streams: bool
+    standard_colour: bool  # BT.601 matrix, stated or assumed for want of a statement, limited range
+    container: str
+    key_interval: int  # pictures from one key picture to the next, at most
+    references: int  # pictures that others may refer to; all of them where the codec is not H.264 in mp4
+    discarded: int  # pictures in the file that an edit list hides
     constant_rate: bool
     fps_num: int  # the rate that the packets' times show
     fps_den: int
@@ -115,24 +120,55 @@ def frame_rate(times: list[Fraction]) -> tuple[Fraction, bool]:
     return rate.limit_denominator(1001), constant
 
 
-def _times(container: InputContainer, stream: VideoStream) -> tuple[list[Fraction], int, Fraction]:
-    """Times of the shown pictures (seconds, ascending), packets of the stream, and the file's last time."""
-    times, packets, last = [], 0, Fraction(0)
+@dataclass
+class _Scan:
+    """What the packets of a file say."""
+
+    times: list[Fraction] = field(default_factory=list)  # seconds of the shown pictures, ascending
+    packets: int = 0
+    last: Fraction = Fraction(0)  # end of whatever stream lasts longest
+    references: int = 0
+    key_interval: int = 0
+
+
+def slice_is_reference(packet: av.Packet) -> bool:
+    """Whether other pictures may refer to this H.264 picture: `nal_ref_idc` of its first slice.
+
+    The packet is as mp4 stores it, NAL units behind lengths of 4 bytes.
+    """
+    data = memoryview(packet)
+    place = 0
+    while place + 4 < len(data):
+        if data[place + 4] & 31 in (1, 5):
+            return data[place + 4] & 0x60 != 0
+        place += 4 + int.from_bytes(data[place : place + 4], "big")
+    return True
+
+
+def _scan(container: InputContainer, stream: VideoStream) -> _Scan:
+    scan = _Scan()
+    extradata = stream.codec_context.extradata or b""
+    sliced = stream.codec_context.name == "h264" and extradata[:1] == b"\x01" and extradata[4] & 3 == 3
+    since_key = 0
     try:
         for packet in container.demux():
             if packet.dts is None and packet.pts is None and not packet.size:
                 continue  # PyAV's flush packets
             time = packet.pts if packet.pts is not None else packet.dts
             if time is not None and packet.time_base is not None:
-                last = max(last, (time + (packet.duration or 0)) * packet.time_base)
+                scan.last = max(scan.last, (time + (packet.duration or 0)) * packet.time_base)
             if packet.stream_index != stream.index:
                 continue
-            packets += 1
+            scan.packets += 1
+            since_key = 1 if packet.is_keyframe else since_key + 1
+            scan.key_interval = max(scan.key_interval, since_key)
+            scan.references += not sliced or slice_is_reference(packet)
             if packet.size and not packet.is_discard and time is not None and packet.time_base is not None:
-                times.append(time * packet.time_base)
+                scan.times.append(time * packet.time_base)
     except av.FFmpegError as error:
-        raise Rejected(f"damaged: reading stops after {packets} pictures: {_text(error)}") from error
-    return sorted(times), packets, last
+        raise Rejected(f"damaged: reading stops after {scan.packets} pictures: {_text(error)}") from error
+    scan.times.sort()
+    return scan
 
 
 def probe_source(path: str) -> SourceInfo:
@@ -143,10 +179,11 @@ def probe_source(path: str) -> SourceInfo:
     with _open(path) as container:
         stream = _video_stream(container)
         stream.thread_type = "NONE"
-        times, packets, last = _times(container, stream)
+        scan = _scan(container, stream)
+        times, last = scan.times, scan.last
         declared = Fraction(container.duration or 0, av.time_base)
-        if stream.frames and "mov" in container.format.name and packets < stream.frames:
-            raise Rejected(f"truncated: {packets} of {stream.frames} pictures are in the file")
+        if stream.frames and "mov" in container.format.name and scan.packets < stream.frames:
+            raise Rejected(f"truncated: {scan.packets} of {stream.frames} pictures are in the file")
         if declared - last > max(Fraction(1), declared / 10):
             raise Rejected(f"truncated: {float(last):.1f} of {float(declared):.1f} seconds are in the file")
         if not times:
@@ -179,7 +216,11 @@ def probe_source(path: str) -> SourceInfo:
             hdr=int(frame.color_trc) in (_PQ, _HLG),
             rotation=rotation,
             square_pixels=aspect == 1,
-            has_other_streams=len(container.streams) > 1,
+            standard_colour=int(frame.colorspace) in (2, 5, 6),
+            container=container.format.name,
+            key_interval=scan.key_interval,
+            references=scan.references,
+            discarded=scan.packets - len(times),
             constant_rate=constant,
             fps_num=rate.numerator,
             fps_den=rate.denominator,
@@ -202,7 +243,8 @@ def probe_video(path: str) -> VideoInfo:
     """Read back the finished mp4 `path`: constant rate, every packet a picture. Raises Rejected if not."""
     with _open(path) as container:
         stream = _video_stream(container)
-        times, packets, _ = _times(container, stream)
+        scan = _scan(container, stream)
+        times, packets = scan.times, scan.packets
         rate, constant = frame_rate(times)
         if not times or len(times) != packets or not constant:
             raise Rejected(f"encoder output is not of constant rate: {len(times)} of {packets} pictures")

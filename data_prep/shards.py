@@ -76,6 +76,11 @@ def progress_folder(split: str) -> str:
     return f"progress-{split}"
 
 
+def labels_name(split: str) -> str:
+    """Label names, one a line in the order of their numbers."""
+    return f"labels-{split}.txt"
+
+
 def record_name(split: str, number: int) -> str:
     return f"{progress_folder(split)}/slice-{number:06d}.json"
 
@@ -112,47 +117,75 @@ def write_slice(storage: Storage, split: str, number: int, outcomes: Iterable[Ou
     return record
 
 
-def read_record(storage: Storage, split: str, number: int) -> SliceRecord | None:
-    """The record of a finished slice; none where it is not finished or its shard is not there any more."""
-    if not storage.exists(record_name(split, number)):
-        return None
-    record = SliceRecord.model_validate_json(storage.read_bytes(record_name(split, number)))
-    shard = record.shard
-    if shard and not (storage.exists(shard.name) and storage.size(shard.name) == shard.size):
-        return None
-    return record
+@dataclass(frozen=True)
+class Part:
+    """Some of the split's rows, as tables: index rows are all that grows with the number of videos."""
+
+    index: pa.Table
+    rejects: pa.Table
+    shards: list[ShardEntry]
+
+    @classmethod
+    def of(cls, record: SliceRecord) -> Part:
+        rejects = {
+            "source": [source for source, _ in record.rejects],
+            "reason": [reason for _, reason in record.rejects],
+        }
+        return cls(
+            pa.Table.from_pylist(record.rows, INDEX_SCHEMA),
+            pa.table(rejects, REJECTS_SCHEMA),
+            [record.shard] if record.shard else [],
+        )
+
+
+def finished_parts(storage: Storage, split: str, numbers: range) -> dict[int, Part]:
+    """The slices among `numbers` that have a record and whose shard is there in the size that it states."""
+    names = set(storage.names(progress_folder(split)))
+    parts = {}
+    for number in numbers:
+        name = record_name(split, number)
+        if name.rpartition("/")[2] not in names:
+            continue
+        record = SliceRecord.model_validate_json(storage.read_bytes(name))
+        shard = record.shard
+        if shard is None or (storage.exists(shard.name) and storage.size(shard.name) == shard.size):
+            parts[number] = Part.of(record)
+    return parts
 
 
 def publish(
     storage: Storage,
     split: str,
-    records: list[SliceRecord],
+    parts: list[Part],
     labels: list[str],
     settings: dict[str, Any],
     fingerprint: str,
 ) -> DatasetManifest:
-    """Write index and rejects, then the manifest that makes the split exist."""
-    rows = [row for record in records for row in record.rows]
-    rejects = sorted(reject for record in records for reject in record.rejects)
-    index = pa.Table.from_pylist(rows, INDEX_SCHEMA)
-    refused = pa.table(
-        {"source": [source for source, _ in rejects], "reason": [reason for _, reason in rejects]},
-        REJECTS_SCHEMA,
-    )
+    """Write index, rejects and label names, then the manifest that makes the split exist."""
+    index = pa.concat_tables(part.index for part in parts)
+    rejects = pa.concat_tables(part.rejects for part in parts).sort_by([("source", "ascending")])
+    if labels:
+        storage.write_bytes(labels_name(split), "".join(f"{label}\n" for label in labels).encode())
     manifest = DatasetManifest(
         split=split,
-        samples=len(rows),
-        rejects=len(rejects),
+        samples=index.num_rows,
+        rejects=rejects.num_rows,
         labels=labels,
         settings=settings,
         fingerprint=fingerprint,
         index=_write_table(storage, index_name(split), index),
-        rejects_file=_write_table(storage, rejects_name(split), refused),
-        shards=[record.shard for record in records if record.shard],
+        rejects_file=_write_table(storage, rejects_name(split), rejects),
+        shards=[shard for part in parts for shard in part.shards],
     )
     storage.write_bytes(manifest_name(split), manifest.model_dump_json(indent=1).encode())
     storage.delete(progress_folder(split))
     return manifest
+
+
+def read_table(storage: Storage, name: str) -> pa.Table:
+    """A Parquet member of the storage."""
+    with storage.fs.open_input_file(storage.path(name)) as file:
+        return pq.read_table(file)
 
 
 def _write_table(storage: Storage, name: str, table: pa.Table) -> FileEntry:

@@ -30,6 +30,10 @@ _DAMAGE = re.compile(
     r"Decoding error|Error during demuxing|partial file",
     re.IGNORECASE,
 )
+_CONTAINER_ARGUMENTS = (
+    *("-map_metadata", "-1", "-map_chapters", "-1"),
+    *("-fflags", "+bitexact", "-flags:v", "+bitexact", "-movflags", "+faststart", "-f", "mp4", "-y"),
+)
 _MAX_REPEATS = 50  # output pictures per source picture, past which timestamps are held to be nonsense
 
 # HDR to SDR: linear light at 100 nits reference white, BT.709 primaries, Hable's curve.
@@ -50,27 +54,28 @@ class TranscodeSettings(BaseModel):
     preset: str = Field("medium", description="x264 preset")
     max_fps: int = Field(60, ge=1, le=240, description="faster sources are thinned to this rate")
     min_frames: int = Field(2, ge=1, description="shorter results are rejected")
+    copy_if_compliant: bool = Field(
+        False, description="take over videos that are already as the profile wants them, without re-encoding"
+    )
 
     def encoder_arguments(self) -> list[str]:
         """The encoder's part of the ffmpeg command line."""
         x264 = "threads=1:scenecut=0:b-adapt=0:b-pyramid=none:ref=1:pbratio=1.0:open-gop=0"
+        colour = ("-colorspace", "smpte170m", "-color_range", "tv", "-color_primaries", "bt709")
         return [
             *("-c:v", "libx264", "-threads", "1", "-preset", self.preset, "-crf", str(self.crf)),
             *("-tune", "fastdecode", "-g", str(self.gop), "-keyint_min", str(self.gop)),
             *("-bf", str(self.bframes), "-x264-params", x264, "-pix_fmt", "yuv420p"),
-            *("-colorspace", "smpte170m", "-color_range", "tv", "-color_primaries", "bt709"),
-            *(
-                "-color_trc",
-                "bt709",
-                "-fps_mode",
-                "passthrough",
-                "-map_metadata",
-                "-1",
-                "-map_chapters",
-                "-1",
-            ),
-            *("-fflags", "+bitexact", "-flags:v", "+bitexact", "-movflags", "+faststart", "-f", "mp4", "-y"),
+            *(*colour, "-color_trc", "bt709", "-fps_mode", "passthrough"),
+            *_CONTAINER_ARGUMENTS,
         ]
+
+
+PROFILES: dict[str, dict[str, int]] = {
+    "droppable": {},
+    "droppable-320": {"short_side": 320, "crf": 23},
+    "gop16": {"crf": 23, "gop": 16, "bframes": 0},
+}
 
 
 @functools.cache
@@ -123,12 +128,17 @@ def transcode(
         raise Rejected(f"too short: {source.packets} picture(s), at least {settings.min_frames} are wanted")
     if expected > _MAX_REPEATS * source.packets:
         raise Rejected(f"timestamps: {source.packets} pictures spread over {source.duration:.0f} s")
+    copied = settings.copy_if_compliant and compliant(source, settings)
     command = [
         *(ffmpeg()[0], "-hide_banner", "-nostats", "-nostdin", "-loglevel", "repeat+level+warning"),
         *("-filter_threads", "1", "-threads", "1", "-protocol_whitelist", "file"),
         *("-format_whitelist", CONTAINERS, "-i", f"file:{path}", "-map", f"0:{source.stream}"),
-        *("-vf", _filters(source, settings), *settings.encoder_arguments(), f"file:{target}"),
     ]
+    if copied:  # decoded too, into nothing: a damaged video must not pass because nobody looked
+        command += ["-c", "copy", *_CONTAINER_ARGUMENTS, f"file:{target}"]
+        command += ["-map", f"0:{source.stream}", "-fps_mode", "passthrough", "-f", "null", "-"]
+    else:
+        command += ["-vf", _filters(source, settings), *settings.encoder_arguments(), f"file:{target}"]
     # Decoding and encoding a picture costs some 10 ms at 720p: a hundred times that is a hang.
     cpu_s = limits.cpu_s + source.packets + expected * 0.25
     returncode, log = run(command, Limits(cpu_s, limits.memory))
@@ -143,6 +153,26 @@ def transcode(
             raise Interrupted(f"takes more than {limits.memory / 2**30:.0f} GiB of memory")
         raise Rejected(f"cannot be decoded ({source.codec}): {_message(last[0])}")
     return accept(target, settings, prober, expected), source
+
+
+def compliant(source: SourceInfo, settings: TranscodeSettings) -> bool:
+    """Whether a file already is what these settings would make of it, up to its bit rate."""
+    rate = Fraction(source.fps_num, source.fps_den)
+    groups = -(-source.packets // settings.gop)
+    return (
+        source.codec == "h264"
+        and "mp4" in source.container
+        and source.pixel_format == "yuv420p"
+        and source.standard_colour
+        and not (source.full_range or source.hdr or source.rotation or source.discarded)
+        and source.square_pixels
+        and source.constant_rate
+        and rate <= settings.max_fps
+        and (source.width, source.height) == output_size(source.width, source.height, settings.short_side)
+        and source.key_interval <= settings.gop
+        # Each group of pictures may end in one reference more than every 16th, and begin with one.
+        and source.references <= source.packets // (settings.bframes + 1) + 2 * groups
+    )
 
 
 def accept(target: Path, settings: TranscodeSettings, prober: Prober, expected: int) -> VideoInfo:

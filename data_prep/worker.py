@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from arvideo_dist.storage import Storage
-from data_prep import synthetic
+from data_prep import boxes, synthetic
 from data_prep.errors import Interrupted, Rejected
 from data_prep.isolation import Limits, Prober, stop_all
 from data_prep.items import Item
@@ -25,15 +25,18 @@ from data_prep.probe import VideoInfo
 from data_prep.shards import Outcome, Sample, SliceRecord, write_slice
 from data_prep.transcode import TranscodeSettings, accept, encode_raw, transcode
 
+_TRIES = 6  # of one video, where its helpers are killed from outside (an operator, the kernel out of memory)
+
 
 def process(item: Item, folder: Path, settings: TranscodeSettings, limits: Limits, prober: Prober) -> Outcome:
     """Make the sample of `item`, its video a file in `folder`, or say why there is none.
 
-    A helper that is ended from outside or by a limit gets one more try. Raises OSError where the machine, not
-    the input, is at fault (a full disk).
+    A helper that crashes or meets a limit gets one more try, one that somebody kills a few. Raises OSError
+    where the machine, not the input, is at fault (a full disk).
     """
     target = folder / f"{item.key}.mp4"
-    for last in (False, True):
+    tries, crashes = 0, 0
+    while True:
         try:
             video, extra = _make(item, target, settings, limits, prober)
             break
@@ -42,8 +45,9 @@ def process(item: Item, folder: Path, settings: TranscodeSettings, limits: Limit
             return Outcome(item.source, reason=str(rejected))
         except Interrupted as interrupted:
             target.unlink(missing_ok=True)
-            if last:
-                return Outcome(item.source, reason=f"limit: {interrupted} (twice)")
+            tries, crashes = tries + 1, crashes + (not interrupted.outside)
+            if crashes == 2 or tries == _TRIES:
+                return Outcome(item.source, reason=f"limit: {interrupted} (tried {tries} times)")
     with open(target, "rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     sample = Sample(
@@ -77,8 +81,12 @@ def _make(
     assert item.path is not None, f"{item.source} is neither a file nor a clip"
     _check_file(item.path)
     video, source = transcode(Path(item.path), target, settings, limits, prober)
-    # First picture's time in the source: what places annotations given in seconds.
-    return video, {"source_start": source.start, **item.extra}
+    extra = {"source_start": source.start, **item.extra}
+    if "boxes" in extra:
+        extra |= boxes.placed(extra["boxes"], extra["video_start"], source.start, video)
+    if item.file:
+        extra["file"] = item.file
+    return video, extra
 
 
 def _check_file(path: str) -> None:
@@ -111,6 +119,9 @@ class LocalPool:
         self._local = threading.local()
         self._probers: list[Prober] = []
         base = storage.path() if storage.is_local else None
+        if base:  # what a killed run left
+            for stale in Path(base).glob(f".work-{split}-*"):
+                shutil.rmtree(stale, ignore_errors=True)
         self._staging = Path(tempfile.mkdtemp(prefix=f".work-{split}-", dir=base))
 
     def __enter__(self) -> LocalPool:

@@ -10,18 +10,19 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from arvideo_dist.storage import Storage
+from arvideo_dist.storage import Storage, sync
 
 FORMAT_VERSION = 1
 
@@ -138,13 +139,17 @@ class DatasetIndex:
     def __init__(self, arrow_file: Path) -> None:
         self._arrow_file = arrow_file
         self._map = pa.memory_map(str(arrow_file))
-        self._table = pa.ipc.open_file(self._map).read_all()
+        self.table = pa.ipc.open_file(self._map).read_all()
 
     def __len__(self) -> int:
-        return self._table.num_rows
+        return self.table.num_rows
 
     def __getitem__(self, row: int) -> SampleRow:
-        return SampleRow(**{name: self._table[name][row].as_py() for name in INDEX_SCHEMA.names})
+        return SampleRow(**{name: self.table[name][row].as_py() for name in INDEX_SCHEMA.names})
+
+    def shards_at(self, rows: NDArray[np.int64]) -> list[str]:
+        """The shards of `rows`."""
+        return self.table["shard"].take(pa.array(rows)).to_pylist()
 
     def __reduce__(self) -> tuple[type[DatasetIndex], tuple[Path]]:
         return DatasetIndex, (self._arrow_file,)  # loader workers map the same file instead of copying rows
@@ -161,16 +166,19 @@ def open_index(storage: Storage, split: str, cache: Path | None = None) -> Datas
     cache = cache or Path(tempfile.gettempdir()) / f"arvideo-index-{os.getuid()}"
     target = cache / f"{manifest.index.sha256}.arrow"
     if not target.exists():
-        data = storage.read_bytes(manifest.index.name)
-        if hashlib.sha256(data).hexdigest() != manifest.index.sha256:
-            raise ValueError(
-                f"{storage.uri}/{manifest.index.name} does not match {manifest_name(split)}: "
-                "the data set is damaged or half replaced; run `python -m data_prep` for it again"
-            )
-        table = pq.read_table(pa.BufferReader(data)).cast(INDEX_SCHEMA).combine_chunks()
         cache.mkdir(parents=True, exist_ok=True, mode=0o700)
-        sink = pa.BufferOutputStream()
-        with pa.ipc.new_file(sink, INDEX_SCHEMA) as writer:
-            writer.write_table(table)
-        Storage(str(cache)).write_bytes(target.name, sink.getvalue().to_pybytes())
+        with tempfile.TemporaryDirectory(dir=cache) as scratch:
+            parquet = storage.local_copy(manifest.index.name, Path(scratch))
+            if Storage(str(parquet.parent)).sha256(parquet.name) != manifest.index.sha256:
+                raise ValueError(
+                    f"{storage.uri}/{manifest.index.name} does not match {manifest_name(split)}: "
+                    "the data set is damaged or half replaced; run `python -m data_prep` for it again"
+                )
+            arrow = Path(scratch) / "index.arrow"
+            # A piece at a time: an index of 10^8 rows takes 20 GB.
+            with pq.ParquetFile(parquet) as file, pa.ipc.new_file(str(arrow), INDEX_SCHEMA) as writer:
+                for batch in file.iter_batches(batch_size=2**20):
+                    writer.write_table(pa.Table.from_batches([batch]).cast(INDEX_SCHEMA))
+            sync(arrow)
+            arrow.replace(target)
     return DatasetIndex(target)

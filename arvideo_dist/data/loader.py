@@ -1,4 +1,4 @@
-"""The loader: worker processes that turn places of the sample sequence into micro batches.
+"""The loader: from places of the sample sequence to micro batches of clips.
 
 What a batch holds depends on (seed, places) only, never on workers, world size or history: see order.py.
 Legend: B micro batch, T frames, S image size, N context tokens, M target tokens.
@@ -6,40 +6,74 @@ Legend: B micro batch, T frames, S image size, N context tokens, M target tokens
 
 from __future__ import annotations
 
-import multiprocessing
-import os
-import signal
-import sys
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch.utils.data import DataLoader, Dataset
 
-from arvideo_dist.data.decode import BadSample, decode_frames
-from arvideo_dist.data.index import SampleRow, open_index
+from arvideo_dist.data.cache import ShardCache
+from arvideo_dist.data.decode import BadSample, Planes, decode_planes, decode_rgb
+from arvideo_dist.data.index import DatasetIndex, SampleRow, ShardEntry, load_manifest, open_index
 from arvideo_dist.data.order import (
     PAD,
+    Located,
     SampleOrder,
+    SampleSequence,
     Stream,
     accumulation_steps,
     places_of_rank,
     sample_generator,
 )
-from arvideo_dist.data.reader import MemberReader
-from arvideo_dist.data.transforms import center_crop, crop_and_resize, draw_multi_scale_crop, sample_window
+from arvideo_dist.data.reader import MemberReader, read_ahead
+from arvideo_dist.data.transforms import (
+    Crop,
+    PlanarClips,
+    center_crop,
+    copy_crop,
+    crop_and_resize,
+    draw_multi_scale_crop,
+    sample_segments,
+    sample_window,
+)
+from arvideo_dist.data.workers import DecodePool, shared_zeros, watched
 from arvideo_dist.storage import Storage
 
-Sequence = Callable[[np.random.Generator], tuple[NDArray[np.int64], NDArray[np.int64]]]
+TokenSequence = Callable[[np.random.Generator], tuple[NDArray[np.int64], NDArray[np.int64]]]
 
-# Imported once in the fork server, so that a worker starts in milliseconds and shares their memory.
-_PRELOAD = ["torch.utils.data", "pyarrow.fs", "pyarrow.parquet", "decord", "arvideo_dist.data.loader"]
-_PREFETCH_PER_WORKER = 2  # micro batches; bounds what waits in shared memory (back-pressure)
+
+@dataclass(frozen=True)
+class ClipSource:
+    """One data set of a run and how clips are drawn from it."""
+
+    storage: Storage
+    split: str
+    stride: int  # source frames from one clip frame to the next
+    crop_scales: (
+        tuple[float, ...] | None
+    )  # multi-scale crop; None: middle window and centre crop (validation)
+    weight: float = 1.0  # share of the samples, relative to the other sources'
+    sampling: Literal["window", "segments"] = "window"
+
+
+@dataclass(frozen=True)
+class LoaderOptions:
+    """How samples are ordered, read and decoded; `arvideo_dist.config.DataConfig` says what each one means."""
+
+    repeats: int = 1
+    repeat_windows: bool = False
+    shuffle_block_shards: int | None = None
+    device_transforms: bool = False
+    verify_checksums: bool = False
+    read_retries: int = 6
+    shard_cache: Path | None = None
+    shard_cache_gib: float = 0.0
+    hung_after_seconds: float = 120.0
+    pin_memory: bool = False
 
 
 @dataclass(frozen=True)
@@ -56,54 +90,132 @@ class BadRecord:
 class Batch:
     """One micro batch of one rank. Where weight is 0 (padding, bad sample) the clip is all zeros."""
 
-    clips: torch.Tensor  # uint8 [B, 3, T, S, S]
+    clips: torch.Tensor  # uint8 [B, 3, T, S, S]; empty until `to` where there are planes
     context_ids: torch.Tensor  # int64 [B, N], tokens the encoder sees, in prediction order
     target_ids: torch.Tensor  # int64 [B, M], tokens to predict, in prediction order
     weights: torch.Tensor  # float32 [B], 1 or 0
     places: torch.Tensor  # int64 [B], PAD (-1) where no place is left
     bad: list[BadRecord]
+    planes: PlanarClips | None = None  # under device transforms: what `to` makes the clips from
+
+    def to(self, device: torch.device) -> Batch:
+        """The batch on `device`, its clips made from the planes there; asynchronous from pinned memory."""
+        weights = self.weights.to(device, non_blocking=True)
+        if self.planes is None:
+            clips = self.clips.to(device, non_blocking=True)
+        else:
+            clips = self.planes.to(device).to_clips() * (weights > 0)[:, None, None, None, None]
+        return replace(
+            self,
+            clips=clips,
+            planes=None,
+            context_ids=self.context_ids.to(device, non_blocking=True),
+            target_ids=self.target_ids.to(device, non_blocking=True),
+            weights=weights,
+        )
+
+    def pin_memory(self) -> Batch:
+        """Called by torch's DataLoader."""
+        return replace(
+            self,
+            clips=self.clips.pin_memory(),
+            planes=None if self.planes is None else self.planes.pin_memory(),
+            context_ids=self.context_ids.pin_memory(),
+            target_ids=self.target_ids.pin_memory(),
+        )
 
 
-@dataclass(frozen=True)
-class ClipSource:
-    """How places become clips; everything a worker process needs, small enough to be sent to it."""
+@dataclass
+class PlannedClip:
+    """What is to become of one slot of a micro batch."""
 
-    storage: Storage
-    split: str
-    clip_frames: int
-    stride: int
-    image_size: int
-    crop_scales: tuple[float, ...] | None
-    sequence: Sequence
-    seed: int
-    shuffle: bool
+    slot: int
+    place: int
+    window: NDArray[np.int64]
+    crop: Crop
 
 
-class _MicroBatches(Dataset[Batch]):
-    """Maps a list of places to a Batch; the map-style data set of the torch DataLoader."""
+@dataclass
+class Visit:
+    """Clips of one sample: one read, one decode."""
 
-    def __init__(self, source: ClipSource) -> None:
-        self.source = source
-        self.index = open_index(source.storage, source.split)
-        self.order = SampleOrder(len(self.index), source.seed, source.shuffle)
-        self.reader = MemberReader(source.storage)
+    located: Located
+    row: SampleRow
+    clips: list[PlannedClip] = field(default_factory=list)
+
+
+class ClipSamples:
+    """Maps a list of places to a Batch. This is what is sent to the worker processes."""
+
+    def __init__(
+        self,
+        sources: Sequence[ClipSource],
+        *,
+        clip_frames: int,
+        image_size: int,
+        sequence: TokenSequence,
+        seed: int,
+        shuffle: bool,
+        options: LoaderOptions,
+    ) -> None:
+        self.sources, self.options = list(sources), options
+        self.clip_frames, self.image_size = clip_frames, image_size
+        self.draw_tokens, self.seed = sequence, seed
+        self.decode_rgb = decode_rgb
+        self.indexes: list[DatasetIndex] = []
+        self.readers: list[MemberReader] = []
+        self.refused: dict[int, str] = {}
+        cache = None
+        if options.shard_cache is not None and options.shard_cache_gib:
+            cache = ShardCache(options.shard_cache, int(options.shard_cache_gib * 2**30))
+        orders = []
+        for number, source in enumerate(self.sources):
+            shards = load_manifest(source.storage, source.split).shards
+            index = open_index(source.storage, source.split)
+            self.indexes.append(index)
+            self.readers.append(
+                MemberReader(
+                    source.storage,
+                    {shard.name: shard for shard in shards},
+                    retries=options.read_retries,
+                    verify_checksums=options.verify_checksums,
+                    cache=None if source.storage.is_local else cache,
+                )
+            )
+            if options.shuffle_block_shards is not None:
+                _check_shard_order(index, shards, source)
+            orders.append(
+                SampleOrder(
+                    len(index),
+                    seed + number,
+                    shuffle,
+                    shard_sizes=[shard.samples for shard in shards],
+                    block_shards=options.shuffle_block_shards,
+                )
+            )
+        self.order = SampleSequence(orders, seed, [source.weight for source in self.sources], options.repeats)
 
     def __getitem__(self, places: list[int]) -> Batch:
-        source = self.source
-        clips = _shared_zeros(len(places), 3, source.clip_frames, source.image_size, source.image_size)
+        visits = self.plan(places)
+        planes = self.empty_planes(len(places), visits) if self.options.device_transforms else None
+        clips = torch.zeros(0, dtype=torch.uint8)
+        if planes is None:
+            clips = shared_zeros(len(places), 3, self.clip_frames, self.image_size, self.image_size)
         weights = torch.zeros(len(places))
         bad = []
-        for slot, place in enumerate(places):
-            if place == PAD:
-                continue
-            row = self.index[self.order.locate(place)[1]]
+        fetches = read_ahead([(self.readers[visit.located.source], visit.row) for visit in visits])
+        for visit, fetch in zip(visits, fetches, strict=True):
             try:
-                clips[slot] = self._clip(place, row)
-                weights[slot] = 1
+                self._fill(clips if planes is None else planes, visit, fetch())
+                weights[[clip.slot for clip in visit.clips]] = 1
             except BadSample as error:
-                bad.append(BadRecord(place, row.shard, row.key, str(error)))
+                shard = visit.row.shard
+                if len(self.sources) > 1:
+                    shard = f"{self.sources[visit.located.source].storage.uri}/{shard}"
+                bad += [BadRecord(clip.place, shard, visit.row.key, str(error)) for clip in visit.clips]
+        # Padding needs ids as well: those of place 0.
         drawn = [
-            source.sequence(sample_generator(source.seed, max(place, 0), Stream.SEQUENCE)) for place in places
+            self.draw_tokens(sample_generator(self.seed, max(place, 0), Stream.SEQUENCE)) for place in places
         ]
         return Batch(
             clips=clips,
@@ -112,21 +224,89 @@ class _MicroBatches(Dataset[Batch]):
             weights=weights,
             places=torch.tensor(places),
             bad=bad,
+            planes=planes,
         )
 
-    def _clip(self, place: int, row: SampleRow) -> torch.Tensor:
-        source = self.source
-        augment = source.crop_scales is not None
-        window_rng = sample_generator(source.seed, place, Stream.WINDOW) if augment else None
-        window = sample_window(row.frames, source.clip_frames, source.stride, window_rng)
-        frames = decode_frames(self.reader.read(row), window)
-        height, width = frames.shape[1:3]
-        if source.crop_scales is None:
-            crop = center_crop(height, width)
-        else:
-            crop_rng = sample_generator(source.seed, place, Stream.CROP)
-            crop = draw_multi_scale_crop(height, width, source.image_size, source.crop_scales, crop_rng)
-        return crop_and_resize(frames, crop, source.image_size)
+    def plan(self, places: list[int]) -> list[Visit]:
+        """The samples behind `places` and every random draw of their clips."""
+        slots = [(slot, place) for slot, place in enumerate(places) if place != PAD]
+        visits: list[Visit] = []
+        for (slot, place), located in zip(
+            slots, self.order.locate([place for _, place in slots]), strict=True
+        ):
+            if not visits or visits[-1].located.visit != located.visit:
+                visits.append(Visit(located, self.indexes[located.source][located.row]))
+            visit = visits[-1]
+            source = self.sources[located.source]
+            window_key = place if self.options.repeat_windows else located.visit * self.options.repeats
+            window_rng = crop_rng = None
+            if source.crop_scales is not None:
+                window_rng = sample_generator(self.seed, window_key, Stream.WINDOW)
+                crop_rng = sample_generator(self.seed, place, Stream.CROP)
+            row = visit.row
+            if source.sampling == "segments":
+                window = sample_segments(row.frames, self.clip_frames, window_rng)
+            else:
+                window = sample_window(row.frames, self.clip_frames, source.stride, window_rng)
+            if crop_rng is None or source.crop_scales is None:
+                crop = center_crop(row.height, row.width)
+            else:
+                crop = draw_multi_scale_crop(
+                    row.height, row.width, self.image_size, source.crop_scales, crop_rng
+                )
+            visit.clips.append(PlannedClip(slot, place, window, crop))
+        return visits
+
+    def empty_planes(self, slots: int, visits: list[Visit]) -> PlanarClips:
+        """Zeroed canvases large enough for the visits' crops."""
+        crops = [clip.crop for visit in visits for clip in visit.clips]
+        # Up to one more line on either side, to begin and end at even positions; at least one chroma sample.
+        half_h = max((crop.height for crop in crops), default=0) // 2 + 1
+        half_w = max((crop.width for crop in crops), default=0) // 2 + 1
+        return PlanarClips(
+            shared_zeros(slots, self.clip_frames, 2 * half_h, 2 * half_w),
+            shared_zeros(slots, self.clip_frames, 2, half_h, half_w),
+            torch.tensor([[0, 0, 1, 1]]).repeat(slots, 1),
+            self.image_size,
+        )
+
+    def _fill(self, out: torch.Tensor | PlanarClips, visit: Visit, video: bytes) -> None:
+        first = visit.clips[0].place
+        if first in self.refused:
+            raise BadSample(self.refused[first])
+        wanted = np.unique(np.concatenate([clip.window for clip in visit.clips]))
+        with watched(first, self.options.hung_after_seconds):
+            if isinstance(out, PlanarClips):
+                planes = decode_planes(video, wanted)
+                self._check_size(visit.row, planes[0].y)
+                for clip in visit.clips:
+                    chosen: list[Planes] = [planes[i] for i in np.searchsorted(wanted, clip.window)]
+                    y, uv = out.y[clip.slot].numpy(), out.uv[clip.slot].numpy()
+                    out.crops[clip.slot] = torch.tensor(copy_crop(chosen, clip.crop, y, uv))
+            else:
+                frames = self.decode_rgb(video, wanted)
+                self._check_size(visit.row, frames[0])
+                for clip in visit.clips:
+                    pictures = [frames[i] for i in np.searchsorted(wanted, clip.window)]
+                    out[clip.slot] = crop_and_resize(pictures, clip.crop, self.image_size)
+
+    @staticmethod
+    def _check_size(row: SampleRow, picture: NDArray[np.uint8]) -> None:
+        if picture.shape[:2] != (row.height, row.width):
+            raise BadSample(
+                f"the file is {picture.shape[1]}x{picture.shape[0]}, the index says {row.width}x{row.height}"
+            )
+
+
+def _check_shard_order(index: DatasetIndex, shards: Sequence[ShardEntry], source: ClipSource) -> None:
+    ends = np.cumsum([shard.samples for shard in shards])
+    names = [shard.name for shard in shards]
+    starts = ends - [shard.samples for shard in shards]
+    if ends[-1] != len(index) or index.shards_at(starts) != names or index.shards_at(ends - 1) != names:
+        raise ValueError(
+            f"the index of split {source.split!r} at {source.storage.uri} does not list the samples shard by "
+            "shard: set data.shuffle_block_shards to null, or prepare the data set again"
+        )
 
 
 class ClipLoader:
@@ -134,14 +314,11 @@ class ClipLoader:
 
     def __init__(
         self,
-        storage: Storage,
-        split: str,
+        sources: Sequence[ClipSource],
         *,
         clip_frames: int,
-        stride: int,
         image_size: int,
-        crop_scales: tuple[float, ...] | None,
-        sequence: Sequence,
+        sequence: TokenSequence,
         seed: int,
         position: int,
         global_batch: int,
@@ -151,31 +328,38 @@ class ClipLoader:
         workers: int,
         stop_position: int | None,
         shuffle: bool = True,
+        options: LoaderOptions = LoaderOptions(),  # frozen
     ) -> None:
         """Loads steps from place `position` on, up to `stop_position` (None: for ever).
 
-        The last step is padded with weight 0 where it passes `stop_position`. `crop_scales=None` takes the
-        middle window and a centre crop (validation). `sequence(rng)` draws one sample's (context_ids,
-        target_ids), always of the same lengths. `workers=0` decodes in this process. Raises ValueError where
-        the split is missing or damaged; iteration raises DataReadError where a shard cannot be read.
+        The last step is padded with weight 0 where it passes `stop_position`. Several `sources` are mixed by
+        their weights. `sequence(rng)` draws one sample's (context_ids, target_ids), always of the same lengths.
+        `workers=0` decodes in this process. Raises ValueError where a split is missing or damaged; iteration
+        raises DataReadError where a shard cannot be read and DecodeWorkersError where no worker stays alive.
         """
-        source = ClipSource(
-            storage, split, clip_frames, stride, image_size, crop_scales, sequence, seed, shuffle
+        self.samples = ClipSamples(
+            sources,
+            clip_frames=clip_frames,
+            image_size=image_size,
+            sequence=sequence,
+            seed=seed,
+            shuffle=shuffle,
+            options=options,
         )
-        self.micro_batches = _MicroBatches(source)
-        self.num_samples = len(self.micro_batches.index)
+        self.places_per_epoch = self.samples.order.places_per_epoch
         self.position, self.stop_position = position, stop_position
         self.global_batch, self.micro_batch = global_batch, micro_batch
         self.rank, self.world_size, self.workers = rank, world_size, workers
 
     def __iter__(self) -> Iterator[list[Batch]]:
         steps = accumulation_steps(self.global_batch, self.micro_batch, self.world_size)
-        step: list[Batch] = []
-        for batch in self._data_loader():
-            step.append(batch)
-            if len(step) == steps:
+        pool = DecodePool[Batch](self.samples, self.workers, self.samples.options.pin_memory)
+        batches = pool.run(self._places())
+        try:
+            while step := list(itertools.islice(batches, steps)):
                 yield step
-                step = []
+        finally:
+            batches.close()
 
     def _places(self) -> Iterator[list[int]]:
         position = self.position
@@ -185,79 +369,3 @@ class ClipLoader:
             ):
                 yield [p if self.stop_position is None or p < self.stop_position else PAD for p in places]
             position += self.global_batch
-
-    def _data_loader(self) -> DataLoader[Batch]:
-        with_workers: dict[str, Any] = {}
-        if self.workers:
-            with_workers = {
-                "multiprocessing_context": _WorkerContext(),
-                "worker_init_fn": _follow_parent,
-                "prefetch_factor": _PREFETCH_PER_WORKER,
-            }
-        return DataLoader(
-            self.micro_batches,
-            sampler=self._places(),
-            batch_size=None,  # an index is a whole micro batch
-            collate_fn=_as_is,  # type: ignore[arg-type]  # gets what the data set returned
-            num_workers=self.workers,
-            generator=torch.Generator(),  # else the loader draws from the rank's own generator
-            **with_workers,
-        )
-
-
-def _as_is(batch: Batch) -> Batch:
-    return batch
-
-
-def _shared_zeros(*shape: int) -> torch.Tensor:
-    """uint8 zeros; in a worker they lie in shared memory at once, which saves a copy."""
-    if torch.utils.data.get_worker_info() is None:
-        return torch.zeros(shape, dtype=torch.uint8)
-    storage: torch.UntypedStorage = torch.UntypedStorage._new_shared(int(np.prod(shape)))
-    return torch.tensor([], dtype=torch.uint8).set_(storage).view(shape)  # the system hands out zeroed pages
-
-
-def _follow_parent(worker_id: int) -> None:
-    """Die with the rank, also when it is killed. torch's own watch looks at the parent process, which for a
-    worker from the fork server is the fork server, and that one lives as long as any worker does."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def follow() -> None:
-        parent.join()
-        os.kill(os.getpid(), signal.SIGKILL)
-
-    threading.Thread(target=follow, name="follow-parent", daemon=True).start()
-
-
-class _WorkerProcess(multiprocessing.context.ForkServerProcess):
-    """A process that does not run the parent's main module again."""
-
-    @staticmethod
-    def _Popen(process_obj: Any) -> Any:  # noqa: N802  # multiprocessing's hook
-        with _hidden_main():
-            return multiprocessing.context.ForkServerProcess._Popen(process_obj)
-
-
-class _WorkerContext(multiprocessing.context.ForkServerContext):
-    """Processes from a fork server: safe where the rank has threads (Ray, NCCL), cheaper than spawn."""
-
-    Process = _WorkerProcess
-
-    def __init__(self) -> None:
-        self.set_forkserver_preload(_PRELOAD)
-
-
-@contextmanager
-def _hidden_main() -> Iterator[None]:
-    """Hides where `__main__` came from: multiprocessing would import it again in each child, and in a Ray
-    worker it is Ray's own worker script."""
-    main = sys.modules["__main__"]
-    kept: dict[str, Any] = {
-        name: main.__dict__[name] for name in ("__spec__", "__file__") if name in main.__dict__
-    }
-    main.__dict__.update(__spec__=None, __file__=None)
-    try:
-        yield
-    finally:
-        main.__dict__.update(kept)

@@ -14,6 +14,7 @@ from arvideo_dist.data.index import load_manifest
 from arvideo_dist.derived import Derived, derive
 from arvideo_dist.storage import Storage
 from arvideo_dist.train.checkpoint import FOLDER, complete_checkpoints
+from arvideo_dist.train.data import clips_per_epoch, training_sources
 from arvideo_dist.train.stop import RunStoppedError
 
 _COLLECTIVE_TIMEOUT_S = 1800
@@ -31,15 +32,10 @@ class Finished:
 
 def derive_checked(config: RunConfig) -> Derived:
     """The derived numbers of a run whose data set exists; ValueError says what is missing and where to set it."""
-    if config.data.path is None:
-        raise ValueError(
-            "data.path is not set: give the folder or URI that data_prep wrote, as --data.path, in the "
-            "YAML file, or as ARVIDEO__DATA__PATH"
-        )
-    data = Storage(config.data.path)
+    clips = clips_per_epoch(config.data)
     if config.data.val_split is not None:
-        load_manifest(data, config.data.val_split)
-    return derive(config, load_manifest(data, config.data.split).samples)
+        load_manifest(training_sources(config.data)[0].storage, config.data.val_split)
+    return derive(config, clips)
 
 
 def with_absolute_paths(config: RunConfig) -> RunConfig:
@@ -56,7 +52,11 @@ def with_absolute_paths(config: RunConfig) -> RunConfig:
         )
     run = config.run.model_copy(update={"storage_path": Storage(config.run.storage_path).uri})
     path = None if config.data.path is None else Storage(config.data.path).uri
-    return config.model_copy(update={"run": run, "data": config.data.model_copy(update={"path": path})})
+    mixture = tuple(
+        other.model_copy(update={"path": Storage(other.path).uri}) for other in config.data.mixture
+    )
+    data = config.data.model_copy(update={"path": path, "mixture": mixture})
+    return config.model_copy(update={"run": run, "data": data})
 
 
 def check_resume(config: RunConfig) -> None:
@@ -111,6 +111,7 @@ def _fit(config: RunConfig, derived: Derived, uri: str, run_id: str, run: Storag
     _connect(config)
     try:
         use_gpu = _use_gpu(config, ray.cluster_resources())
+        _say_if_too_small(config, ray.cluster_resources(), use_gpu)
         trainer = TorchTrainer(
             _worker,
             train_loop_config={
@@ -161,6 +162,19 @@ def _use_gpu(config: RunConfig, resources: dict[str, float]) -> bool:
     if config.cluster.device != "auto":
         return config.cluster.device == "cuda"
     return resources.get("GPU", 0) > 0
+
+
+def _say_if_too_small(config: RunConfig, resources: dict[str, float], use_gpu: bool) -> None:
+    """Ray waits for nodes without a word; an autoscaler may be about to add them, so it is no error."""
+    wanted = {"GPU": config.cluster.workers} if use_gpu else {}
+    wanted["CPU"] = config.cluster.workers * config.cluster.cpus_per_worker
+    for kind, number in wanted.items():
+        if resources.get(kind, 0) < number:
+            print(
+                f"the cluster has {resources.get(kind, 0):g} {kind}s now, the run wants {number}: it waits until "
+                "nodes join; where no autoscaler adds them, lower cluster.workers or cluster.cpus_per_worker",
+                flush=True,
+            )
 
 
 def _worker(payload: dict[str, Any]) -> None:

@@ -19,13 +19,14 @@ from PIL import Image
 
 from arvideo_dist.config import RunConfig
 from arvideo_dist.data.index import load_manifest
-from arvideo_dist.data.loader import ClipLoader
+from arvideo_dist.data.loader import ClipLoader, ClipSource
 from arvideo_dist.derived import Derived
 from arvideo_dist.model.arvideo import ARVideo
 from arvideo_dist.storage import Storage
 from arvideo_dist.tracking import Tracker
 from arvideo_dist.train import checkpoint as checkpoints
 from arvideo_dist.train.bad_samples import ARTIFACT, BadSamples
+from arvideo_dist.train.data import loader_options, training_sources
 from arvideo_dist.train.engine import Engine
 from arvideo_dist.train.progress import Meter, progress_line
 from arvideo_dist.train.schedule import learning_rate
@@ -72,9 +73,7 @@ def train(task: Task, device: torch.device, control: dist.ProcessGroup) -> None:
     data = Storage(_data_path(config))
     make_loader = functools.partial(
         ClipLoader,
-        data,
         clip_frames=config.model.frames,
-        stride=config.data.stride,
         image_size=config.model.image_size,
         sequence=sequence,
         seed=config.run.seed,
@@ -83,22 +82,21 @@ def train(task: Task, device: torch.device, control: dist.ProcessGroup) -> None:
         world_size=dist.get_world_size(),
     )
     train_loader = make_loader(
-        config.data.split,
-        crop_scales=config.data.crop_scales,
+        training_sources(config.data),
         position=position,
         global_batch=global_batch,
         workers=config.data.workers,
         stop_position=total_steps * global_batch,
+        options=loader_options(config.data, pin_memory=device.type == "cuda"),
     )
-    bad = BadSamples(run, config.data.max_bad_fraction, train_loader.num_samples, control)
+    bad = BadSamples(run, config.data.max_bad_fraction, train_loader.places_per_epoch, control)
     bad.restore(start.state["bad_samples"] if start is not None else [])
 
     def validation() -> dict[str, float]:
         if config.data.val_split is None:
             return {}
         loader = make_loader(
-            config.data.val_split,
-            crop_scales=None,
+            [ClipSource(data, config.data.val_split, config.data.stride, crop_scales=None)],
             position=0,
             global_batch=config.train.micro_batch * dist.get_world_size(),
             workers=min(config.data.workers, 2),
@@ -157,7 +155,7 @@ def train(task: Task, device: torch.device, control: dist.ProcessGroup) -> None:
                 "loss/train": point.loss,
                 "learning_rate": rate,
                 "gradient_norm": float(gradient_norm),
-                "epoch": position / train_loader.num_samples,
+                "epoch": position / train_loader.places_per_epoch,
                 "clips_per_second": point.clips_per_second,
                 "clips_per_second_per_worker": point.clips_per_second / derived.world_size,
                 "data_wait_share": point.data_wait_share,

@@ -9,8 +9,8 @@ import tarfile
 from collections.abc import Callable
 from pathlib import Path
 
+import hypothesis
 import imageio_ffmpeg
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -28,6 +28,10 @@ from arvideo_dist.data.index import (
     shard_name,
 )
 from arvideo_dist.storage import Storage
+from tests.data.in_workers import draw_ids
+
+hypothesis.settings.register_profile("shared-machine", deadline=None)  # no timed assertions
+hypothesis.settings.load_profile("shared-machine")
 
 WIDTH, HEIGHT, FPS = 80, 64, 25
 # 5 frames: shorter than any window; 33: one frame more than 16 x 2; the rest longer
@@ -126,12 +130,6 @@ def fresh_dataset(tmp_path: Path, videos: list[bytes]) -> Storage:
 @pytest.fixture(scope="session")
 def make_dataset() -> Callable[..., Storage]:
     return write_dataset
-
-
-def draw_ids(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """A stand-in for the model's prediction sequence: 6 context and 10 target ids."""
-    order = rng.permutation(16)
-    return order[:6], order[6:]
 
 
 @pytest.fixture(scope="session")

@@ -11,20 +11,26 @@ import subprocess
 import sys
 import textwrap
 from collections.abc import Callable, Iterator
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from moto.server import ThreadedMotoServer
 
 from arvideo_dist.data import loader as loader_module
+from arvideo_dist.data.cache import ShardCache
 from arvideo_dist.data.decode import BadSample
-from arvideo_dist.data.index import open_index, shard_name
-from arvideo_dist.data.loader import Batch, ClipLoader
-from arvideo_dist.data.order import PAD
+from arvideo_dist.data.index import index_name, load_manifest, open_index, shard_name
+from arvideo_dist.data.loader import Batch, ClipLoader, ClipSource, LoaderOptions
+from arvideo_dist.data.order import PAD, places_of_rank
 from arvideo_dist.data.reader import DataReadError, MemberReader
 from arvideo_dist.storage import Storage
+from tests.data.conftest import FRAMES
 
 SAMPLES = 11
 
@@ -32,12 +38,14 @@ SAMPLES = 11
 @pytest.fixture(scope="module")
 def make_loader(sequence: Callable) -> Callable[..., ClipLoader]:
     def make(storage: Storage, **changes: Any) -> ClipLoader:
+        source = {"split": "train", "stride": 2, "crop_scales": (1.0, 0.875, 0.75, 0.66)}
+        source |= {name: changes.pop(name) for name in list(changes) if name in source}
+        options = {f.name: changes.pop(f.name) for f in fields(LoaderOptions) if f.name in changes}
         arguments: dict[str, Any] = {
-            "split": "train",
+            "sources": [ClipSource(storage, **source)],
+            "options": LoaderOptions(**options),
             "clip_frames": 4,
-            "stride": 2,
             "image_size": 32,
-            "crop_scales": (1.0, 0.875, 0.75, 0.66),
             "sequence": sequence,
             "seed": 5,
             "position": 0,
@@ -48,7 +56,7 @@ def make_loader(sequence: Callable) -> Callable[..., ClipLoader]:
             "workers": 0,
             "stop_position": 3 * SAMPLES,
         }
-        return ClipLoader(storage, **(arguments | changes))
+        return ClipLoader(**(arguments | changes))
 
     return make
 
@@ -100,10 +108,11 @@ def test_three_epochs_hold_each_place_and_each_sample_exactly_once(
 ) -> None:
     assert sorted(expected) == list(range(3 * SAMPLES))
     assert all(weight == 1.0 for *_, weight in expected.values())
-    order = make_loader(dataset).micro_batches.order
+    order = make_loader(dataset).samples.order
     for epoch in range(3):
-        rows = [order.locate(place)[1] for place in range(epoch * SAMPLES, (epoch + 1) * SAMPLES)]
-        assert sorted(rows) == list(range(SAMPLES))
+        located = order.locate(range(epoch * SAMPLES, (epoch + 1) * SAMPLES))
+        assert sorted(at.row for at in located) == list(range(SAMPLES))
+        assert {at.epoch for at in located} == {epoch}
     assert len({digest for digest, *_ in expected.values()}) == 3 * SAMPLES  # fresh crops in each epoch
 
 
@@ -183,7 +192,8 @@ def test_corrupt_members_get_weight_zero_and_a_record(
     damage(fresh_dataset, 2, b"\0" * 64, at=100)
     with open(fresh_dataset.path(shard_name("train", 2)), "r+b") as file:
         file.truncate(open_index(fresh_dataset, "train")[9].offset + 50)  # also cuts off all of sample 10
-    reasons = bad_rows(make_loader(fresh_dataset, stop_position=SAMPLES, workers=workers))
+    loader = make_loader(fresh_dataset, stop_position=SAMPLES, workers=workers, verify_checksums=True)
+    reasons = bad_rows(loader)
     assert set(reasons) == {"video002", "video009", "video010"}
     assert reasons["video002"].startswith("checksum: sha256 is ")
     assert reasons["video009"].startswith("short read: 50 of ")
@@ -207,7 +217,7 @@ def test_a_missing_shard_is_an_error_that_names_it(
 ) -> None:
     fresh_dataset.delete(shard_name("train", 1))
     loader = make_loader(fresh_dataset)
-    loader.micro_batches.reader = MemberReader(fresh_dataset, retries=2, first_delay=0.01)
+    loader.samples.readers = [MemberReader(fresh_dataset, {}, retries=2, first_delay=0.01)]
     with pytest.raises(DataReadError, match=r"shard train-000001.tar of .* 3 attempts"):
         list(batches(loader))
 
@@ -216,8 +226,7 @@ def test_the_error_of_a_worker_reaches_the_rank_with_its_type(
     fresh_dataset: Storage, make_loader: Callable
 ) -> None:
     fresh_dataset.delete(shard_name("train", 1))
-    loader = make_loader(fresh_dataset, workers=1)
-    loader.micro_batches.reader = MemberReader(fresh_dataset, retries=0)
+    loader = make_loader(fresh_dataset, workers=1, read_retries=0)
     with pytest.raises(DataReadError, match=r"shard train-000001\.tar"):
         list(batches(loader))
 
@@ -241,7 +250,7 @@ def test_a_store_that_fails_for_a_while_loses_no_sample(
 ) -> None:
     loader = make_loader(dataset)
     flaky = FlakyStorage(dataset.uri, failures=3)
-    loader.micro_batches.reader = MemberReader(flaky, retries=3, first_delay=0.01)
+    loader.samples.readers = [MemberReader(flaky, {}, retries=3, first_delay=0.01)]
     assert seen(loader) == expected
     assert flaky.failures == 0
 
@@ -251,7 +260,7 @@ def test_reading_past_the_shards_end_is_short_not_a_store_failure(fresh_dataset:
     with open(fresh_dataset.path(row.shard), "r+b") as file:
         file.truncate(row.offset + 10)
     with pytest.raises(BadSample, match="short read: 10 of"):
-        MemberReader(fresh_dataset, retries=0).read(row)
+        MemberReader(fresh_dataset, {}).read(row)
 
 
 def test_missing_split_is_a_clear_error(dataset: Storage, make_loader: Callable) -> None:
@@ -269,14 +278,14 @@ def test_workers_end_with_their_rank(dataset: Storage, tmp_path: Path, ending: A
         import sys
         import psutil
         print("main runs", flush=True)
-        from arvideo_dist.data.loader import ClipLoader
+        from arvideo_dist.data.loader import ClipLoader, ClipSource
         from arvideo_dist.storage import Storage
-        from ids import draw
+        from tests.data.in_workers import draw_ids
 
         loader = ClipLoader(
-            Storage(sys.argv[1]), "train", clip_frames=4, stride=2, image_size=32, crop_scales=None,
-            sequence=draw, seed=0, position=0, global_batch=2, micro_batch=2, rank=0, world_size=1, workers=2,
-            stop_position=None,
+            [ClipSource(Storage(sys.argv[1]), "train", stride=2, crop_scales=None)],
+            clip_frames=4, image_size=32, sequence=draw_ids, seed=0, position=0, global_batch=2, micro_batch=2,
+            rank=0, world_size=1, workers=2, stop_position=None,
         )
         for number, step in enumerate(loader):
             if number == 3:
@@ -288,10 +297,7 @@ def test_workers_end_with_their_rank(dataset: Storage, tmp_path: Path, ending: A
         sys.stdin.readline()
         """)
     )
-    (tmp_path / "ids.py").write_text(
-        "import numpy as np\ndef draw(rng):\n    return np.arange(3), np.arange(4)\n"
-    )
-    root = Path(loader_module.__file__).parents[2]
+    root = Path(__file__).parents[2]
     rank = subprocess.Popen(
         [sys.executable, str(script), dataset.uri],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": str(root)},
@@ -317,3 +323,231 @@ def test_workers_end_with_their_rank(dataset: Storage, tmp_path: Path, ending: A
     finally:
         rank.kill()
         rank.communicate()
+
+
+# --- repeats, mixtures, device transforms ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize("repeats", [2, 3])
+@pytest.mark.parametrize("windows", [False, True])
+def test_repeats_come_from_one_decode_and_depend_on_their_place_only(
+    dataset: Storage, make_loader: Callable, repeats: int, windows: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {"repeats": repeats, "repeat_windows": windows, "stop_position": 2 * SAMPLES * repeats}
+    decodes = []
+    decode_rgb = loader_module.decode_rgb
+    monkeypatch.setattr(loader_module, "decode_rgb", lambda *a: decodes.append(1) or decode_rgb(*a))
+    whole = seen(make_loader(dataset, micro_batch=2 * repeats, global_batch=4 * repeats, **options))
+    assert len(decodes) == 2 * SAMPLES
+    assert sorted(whole) == list(range(2 * SAMPLES * repeats))
+    assert len({value[0] for value in whole.values()}) > SAMPLES * repeats  # repeats differ from each other
+    parts: dict[int, tuple] = {}
+    for rank in range(3):  # cuts through visits
+        parts |= seen(make_loader(dataset, rank=rank, world_size=3, **options))
+    assert parts == whole
+
+
+def test_repeated_crops_share_their_window_and_repeated_windows_do_not(
+    dataset: Storage, make_loader: Callable
+) -> None:
+    def windows(apart: bool) -> list[set[tuple]]:
+        samples = make_loader(dataset, repeats=4, repeat_windows=apart).samples
+        visits = samples.plan(list(range(4 * SAMPLES)))
+        assert len(visits) == SAMPLES
+        return [{tuple(clip.window.tolist()) for clip in visit.clips} for visit in visits]
+
+    assert all(len(drawn) == 1 for drawn in windows(apart=False))
+    assert sum(len(drawn) for drawn in windows(apart=True)) > 3 * SAMPLES
+
+
+def test_a_mixture_draws_each_source_by_its_own_rules(
+    dataset: Storage, tmp_path: Path, videos: list[bytes], make_dataset: Callable, make_loader: Callable
+) -> None:
+    other = make_dataset(tmp_path, videos[6:9], [64, 38, 80])
+    sources = [
+        ClipSource(dataset, "train", stride=2, crop_scales=(1.0,), weight=0.7),
+        ClipSource(other, "train", stride=8, crop_scales=None, weight=0.3),
+    ]
+    loader = make_loader(dataset, sources=sources, stop_position=40)
+    assert loader.places_per_epoch == SAMPLES + 3
+    visits = loader.samples.plan(list(range(40)))
+    assert [visit.located.source for visit in visits].count(1) == 12
+    for visit in visits:
+        (clip,) = visit.clips
+        steps = set((clip.window[1:] - clip.window[:-1]).tolist())
+        assert max(steps) == (2 if visit.located.source == 0 else 8)
+    assert len(seen(loader)) == 40
+
+
+def test_a_bad_sample_of_a_mixture_is_named_with_its_data_set(
+    dataset: Storage, tmp_path: Path, make_dataset: Callable, make_loader: Callable
+) -> None:
+    other = make_dataset(tmp_path, [b"nothing"], [40])
+    sources = [ClipSource(storage, "train", 2, None) for storage in (dataset, other)]
+    bad = [
+        record
+        for batch in batches(make_loader(dataset, sources=sources, stop_position=4))
+        for record in batch.bad
+    ]
+    assert {record.shard for record in bad} == {f"{other.uri}/train-000000.tar"}
+    assert len(bad) == 2
+
+
+def test_segments_take_one_frame_from_each_part_of_the_video(dataset: Storage, make_loader: Callable) -> None:
+    source = ClipSource(dataset, "train", 2, (1.0,), sampling="segments")
+    for visit in make_loader(dataset, sources=[source]).samples.plan(list(range(SAMPLES))):
+        length = visit.row.frames // 4
+        if length:
+            assert (visit.clips[0].window // length).tolist() == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("scales", [(1.0, 0.875, 0.75, 0.66), None])
+def test_device_transforms_give_the_hosts_clips_within_one_grey_level(
+    dataset: Storage, make_loader: Callable, workers: int, scales: tuple[float, ...] | None
+) -> None:
+    cpu = torch.device("cpu")
+    host = batches(make_loader(dataset, crop_scales=scales))
+    device = batches(make_loader(dataset, crop_scales=scales, device_transforms=True, workers=workers))
+    for one, other in zip(host, device, strict=True):
+        assert other.clips.numel() == 0
+        made = other.to(cpu)
+        assert made.planes is None
+        assert made.clips.dtype == torch.uint8
+        assert made.clips.shape == one.clips.shape
+        assert (made.clips.int() - one.clips.int()).abs().max() <= 1
+        assert torch.equal(made.places, one.places)
+        assert torch.equal(made.weights, one.weights)
+
+
+def test_bad_samples_and_padding_are_zeros_under_device_transforms(
+    tmp_path: Path, videos: list[bytes], make_dataset: Callable, make_loader: Callable
+) -> None:
+    storage = make_dataset(tmp_path, [videos[0], b"no video"], [40, 40])
+    loader = make_loader(storage, device_transforms=True, stop_position=2, global_batch=3, micro_batch=3)
+    (batch,) = batches(loader)
+    made = batch.to(torch.device("cpu"))
+    assert sorted(made.weights.tolist()) == [0.0, 0.0, 1.0]
+    for clip, weight in zip(made.clips, made.weights, strict=True):
+        assert clip.any() == bool(weight)
+
+
+@given(st.data())
+@settings(max_examples=60)
+def test_any_chain_of_stops_and_world_sizes_consumes_each_place_once(data: st.DataObject) -> None:
+    """Property over random stops: a run that is stopped after any step and goes on at another world size."""
+    global_batch = data.draw(st.integers(1, 12))
+    consumed: list[int] = []
+    position = 0
+    while position < 3 * SAMPLES:
+        world_size = data.draw(st.integers(1, 4))
+        micro_batch = data.draw(st.integers(1, 4))
+        steps = data.draw(st.integers(1, 4))
+        for _ in range(steps):
+            for rank in range(world_size):
+                for places in places_of_rank(position, global_batch, micro_batch, rank, world_size):
+                    consumed += [place for place in places if place != PAD]
+            position += global_batch
+    assert sorted(consumed) == list(range(position))
+
+
+# --- stores and caches ----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def s3_dataset(dataset: Storage, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Storage]:
+    """The data set in an S3 store (moto's server)."""
+    server = ThreadedMotoServer(port=0)
+    server.start()
+    host, port = server.get_host_and_port()
+    query = f"endpoint_override={host}:{port}&scheme=http&region=us-east-1&allow_bucket_creation=true"
+    bucket = Storage(f"s3://key:secret@clips?{query}")
+    bucket.fs.create_dir("clips/set")
+    remote = Storage(f"s3://key:secret@clips/set?{query}")
+    for name in dataset.names():
+        remote.put_file(Path(dataset.path(name)), name)
+    yield remote
+    server.stop()
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_object_store_gives_the_same_clips(
+    s3_dataset: Storage, make_loader: Callable, expected: dict, workers: int
+) -> None:
+    assert seen(make_loader(s3_dataset, workers=workers)) == expected
+
+
+def test_a_shard_cache_gives_the_same_clips_and_stays_within_its_bound(
+    s3_dataset: Storage, make_loader: Callable, tmp_path: Path
+) -> None:
+    shards = load_manifest(s3_dataset, "train").shards
+    two = sum(sorted(shard.size for shard in shards)[-2:])
+    options = {"shuffle_block_shards": 1, "shard_cache": tmp_path, "shard_cache_gib": two / 2**30}
+    plain = seen(make_loader(s3_dataset, shuffle_block_shards=1))
+    assert seen(make_loader(s3_dataset, **options)) == plain
+    assert seen(make_loader(s3_dataset, workers=2, **options)) == plain
+    kept = {path.stem: path.stat().st_size for path in tmp_path.glob("*.tar")}
+    assert sum(kept.values()) <= two
+    assert kept.items() <= {shard.sha256: shard.size for shard in shards}.items()
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def test_cached_shards_are_fetched_once(s3_dataset: Storage, tmp_path: Path) -> None:
+    shards = load_manifest(s3_dataset, "train").shards
+    cache = ShardCache(tmp_path, sum(shard.size for shard in shards))
+    reader = MemberReader(s3_dataset, {shard.name: shard for shard in shards}, retries=0, cache=cache)
+    rows = [open_index(s3_dataset, "train")[row] for row in range(SAMPLES)]
+    first = [reader.read(row) for row in rows]
+    for shard in shards:
+        s3_dataset.fs.move(s3_dataset.path(shard.name), s3_dataset.path("away-" + shard.name))
+    try:
+        assert [reader.read(row) for row in rows] == first
+        with pytest.raises(DataReadError, match="could not be read in 1 attempts"):
+            replace(reader, cache=None).read(rows[0])
+    finally:
+        for shard in shards:
+            s3_dataset.fs.move(s3_dataset.path("away-" + shard.name), s3_dataset.path(shard.name))
+
+
+def test_a_cache_fetch_that_was_killed_leaves_room_for_the_next(s3_dataset: Storage, tmp_path: Path) -> None:
+    (tmp_path / "deadbeef.partial").write_bytes(bytes(10_000_000))
+    shard = load_manifest(s3_dataset, "train").shards[0]
+    cache = ShardCache(tmp_path, shard.size)
+    with cache.open(s3_dataset, shard) as file:
+        assert len(file.read()) == shard.size
+    assert [path.name for path in tmp_path.iterdir() if path.suffix != ".lock"] == [f"{shard.sha256}.tar"]
+
+
+def test_a_shard_larger_than_the_cache_is_a_clear_error(s3_dataset: Storage, tmp_path: Path) -> None:
+    shard = load_manifest(s3_dataset, "train").shards[0]
+    with pytest.raises(
+        ValueError, match=r"does not fit into the shard cache of 10 bytes: raise data\.shard_cache_gib"
+    ):
+        ShardCache(tmp_path, 10).open(s3_dataset, shard)
+
+
+def test_a_truncated_remote_shard_is_short_not_a_store_failure(s3_dataset: Storage, dataset: Storage) -> None:
+    row = open_index(dataset, "train")[0]
+    s3_dataset.write_bytes("cut.tar", dataset.read_bytes(row.shard)[: row.offset + 10])
+    for offset, size in ((row.offset, 10), (row.offset + 5000, 0)):
+        with pytest.raises(BadSample, match=f"short read: {size} of"):
+            MemberReader(s3_dataset, {}, retries=0).read(replace(row, shard="cut.tar", offset=offset))
+
+
+def test_an_index_that_is_not_the_manifests_is_refused(fresh_dataset: Storage, tmp_path: Path) -> None:
+    name = index_name("train")
+    fresh_dataset.write_bytes(name, fresh_dataset.read_bytes(name) + b"x")
+    with pytest.raises(ValueError, match=r"index-train\.parquet does not match dataset-train\.json"):
+        open_index(fresh_dataset, "train", cache=tmp_path / "fresh")
+
+
+def test_an_index_of_other_shards_gives_bad_samples_not_other_clips(
+    tmp_path: Path, videos: list[bytes], make_dataset: Callable, make_loader: Callable
+) -> None:
+    """Shards made again while the index stayed: the bytes at its offsets are not what it says."""
+    storage = make_dataset(tmp_path / "one", videos[:4], FRAMES[:4])
+    other = make_dataset(tmp_path / "two", videos[4:8], FRAMES[4:8])
+    storage.put_file(Path(other.path(shard_name("train", 0))), shard_name("train", 0))
+    reasons = bad_rows(make_loader(storage, stop_position=4, verify_checksums=True))
+    assert len(reasons) == 4
+    assert all(reason.startswith(("checksum: ", "short read: ")) for reason in reasons.values())

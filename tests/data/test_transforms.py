@@ -99,7 +99,7 @@ def test_center_crop_is_the_middle_square() -> None:
 
 def test_crop_without_resize_keeps_the_pixels() -> None:
     frames = np.random.default_rng(0).integers(0, 256, (3, 20, 30, 3), dtype=np.uint8)
-    clip = crop_and_resize(frames, Crop(2, 5, 16, 16), 16)
+    clip = crop_and_resize(list(frames), Crop(2, 5, 16, 16), 16)
     assert np.array_equal(clip.numpy(), frames[:, 2:18, 5:21].transpose(3, 0, 1, 2))
 
 

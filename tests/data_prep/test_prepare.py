@@ -10,32 +10,16 @@ import sys
 import tarfile
 from pathlib import Path
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import webdataset
 
 from arvideo_dist.data.index import INDEX_SCHEMA, REJECTS_SCHEMA, load_manifest, open_index
 from arvideo_dist.storage import Storage
-from data_prep.__main__ import main
 from data_prep.synthetic import CLASSES
-from tests.data_prep.videos import frames_of, make
-
-SMALL = ("--width", "32", "--height", "32", "--frames", "8")
-
-
-def prepare(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
-    """The command line in this process; its exit code."""
-    monkeypatch.setattr(sys, "argv", ["data_prep", *map(str, arguments)])
-    try:
-        return main()
-    except SystemExit as end:
-        return int(end.code or 0)
-
-
-def digests(folder: Path) -> dict[str, str]:
-    """Names and contents of everything that was published; no leftovers may stand beside it."""
-    names = sorted(path.name for path in folder.iterdir() if not path.name.startswith(".lock"))
-    return {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in names}
+from tests.data_prep.runs import SMALL, digests, prepare
+from tests.data_prep.videos import frames_of, make, reference_flags
 
 
 @pytest.fixture(scope="module")
@@ -202,3 +186,107 @@ def test_two_runs_cannot_write_one_split(tmp_path: Path, monkeypatch: pytest.Mon
         assert prepare(monkeypatch, "synthetic", "--out", tmp_path, "--num-videos", 2, *SMALL) == 2
     assert prepare(monkeypatch, "synthetic", "--out", tmp_path, "--num-videos", 2, *SMALL) == 0
     assert json.loads((tmp_path / "dataset-train.json").read_text())["samples"] == 2
+
+
+def test_retried_rejects_come_into_further_shards(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    videos, out = tmp_path / "videos", tmp_path / "out"
+    names = [f"video {number}.mp4" for number in range(5)]
+    for name in names[:2]:
+        make(videos / name)
+    (videos / names[2]).touch()
+    listing = tmp_path / "list.txt"
+    listing.write_text("".join(f"{name} {number}\n" for number, name in enumerate(names)))
+    base = ("list", "--annotations", listing, "--videos", videos, "--out", out, "--shard-size", 2)
+    assert prepare(monkeypatch, *base, "--retry-rejects") == 2
+    assert "has no finished split" in capsys.readouterr().err
+    assert prepare(monkeypatch, *base) == 0
+    first = digests(out)
+    make(videos / names[2])
+    make(videos / names[3])
+    assert prepare(monkeypatch, *base) == 0, "without being told to, nothing is retried"
+    assert digests(out) == first
+    # The retry is interrupted when it is about to publish; the next run, asked or not, ends it.
+    from data_prep import prepare as prepare_module
+
+    def stop(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare_module, "publish", stop)
+        assert prepare(patch, *base, "--retry-rejects") == 130
+    assert load_manifest(Storage(str(out)), "train").samples == 2
+    assert prepare(monkeypatch, *base) == 0
+    manifest = load_manifest(Storage(str(out)), "train")
+    assert (manifest.samples, manifest.rejects) == (4, 1)
+    after = digests(out)
+    shards = [shard.name for shard in manifest.shards]
+    assert {name: after[name] for name in first if name.endswith(".tar")}.items() <= first.items()
+    assert len(shards) > len([name for name in first if name.endswith(".tar")])
+    index = pq.read_table(out / "index-train.parquet")
+    assert {row["source"]: row["label"] for row in index.to_pylist()} == dict(
+        zip(names[:4], range(4), strict=True)
+    )
+    rejects = pq.read_table(out / "rejects-train.parquet").to_pylist()
+    assert rejects == [{"source": names[4], "reason": "missing: no file of this name"}]
+    assert prepare(monkeypatch, "verify", out, "--decode", "all") == 0
+
+
+def test_compliant_videos_are_copied_and_others_encoded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    videos = tmp_path / "videos"
+    make(videos / "other.mp4", source="testsrc2=s=64x64:r=25:d=3")
+    assert prepare(monkeypatch, "folder", "--videos", videos, "--out", tmp_path / "first") == 0
+    row = pq.read_table(tmp_path / "first" / "index-train.parquet").to_pylist()[0]
+    fitting = Storage(str(tmp_path / "first")).read_range(row["shard"], row["offset"], row["size"])
+    (videos / "fitting.mp4").write_bytes(fitting)
+    damaged = bytearray(fitting)
+    for place in range(len(damaged) // 3, len(damaged) - 100, 400):
+        damaged[place] ^= 0xFF
+    (videos / "damaged.mp4").write_bytes(damaged)
+    out = tmp_path / "second"
+    assert prepare(monkeypatch, "folder", "--videos", videos, "--out", out, "--copy-if-compliant") == 0
+    rows = {row["source"]: row for row in pq.read_table(out / "index-train.parquet").to_pylist()}
+    assert sorted(rows) == ["fitting.mp4", "other.mp4"]
+    first, second = (frames_of(data) for data in (fitting, _video(out, rows["fitting.mp4"])))
+    assert all(map(np.array_equal, first, second))
+    assert len(first) == len(second) == 75
+    assert rows["other.mp4"]["sha256"] == row["sha256"]
+    (reject,) = pq.read_table(out / "rejects-train.parquet").to_pylist()
+    assert reject["reason"].startswith("damaged")
+
+
+def _video(out: Path, row: dict[str, object]) -> bytes:
+    return Storage(str(out)).read_range(str(row["shard"]), int(str(row["offset"])), int(str(row["size"])))
+
+
+@pytest.mark.parametrize(
+    ("profile", "size", "references"),
+    [("droppable", (342, 256), 3), ("droppable-320", (426, 320), 3), ("gop16", (342, 256), 20)],
+)
+def test_profiles(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, profile: str, size: tuple[int, int], references: int
+) -> None:
+    make(tmp_path / "videos" / "in.mp4", source="testsrc2=s=640x480:r=20:d=1")
+    out = tmp_path / "out"
+    assert (
+        prepare(monkeypatch, "folder", "--videos", tmp_path / "videos", "--out", out, "--profile", profile)
+        == 0
+    )
+    (row,) = pq.read_table(out / "index-train.parquet").to_pylist()
+    assert (row["width"], row["height"]) == size
+    flags, _ = reference_flags(_video(out, row))
+    assert sum(flags) == references
+
+
+def test_a_video_that_meets_its_limit_is_tried_twice_and_rejected(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make(tmp_path / "videos" / "good.mp4")
+    arguments = ("folder", "--videos", tmp_path / "videos", "--out", tmp_path / "out", "--memory-limit", 0.01)
+    assert prepare(monkeypatch, *arguments) == 1, "no sample at all is a failure"
+    (reject,) = pq.read_table(tmp_path / "out" / "rejects-train.parquet").to_pylist()
+    assert reject["reason"].startswith("limit: ")
+    assert reject["reason"].endswith("(tried 2 times)")

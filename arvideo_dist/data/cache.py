@@ -1,0 +1,93 @@
+"""A bounded cache of whole shards on a node's disk, shared by all processes of the node.
+
+It pays where reads stay within a few shards for a while (`shuffle_block_shards`); under a full shuffle nearly
+every read would fetch another shard.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import BinaryIO
+
+from arvideo_dist.data.index import ShardEntry
+from arvideo_dist.storage import Storage
+
+
+class ShardCache:
+    """Least recently used shards leave first. A file stands under its shard's digest, so that another version
+    of a data set never meets an old copy. Locks are the kernel's: they end with a process that is killed."""
+
+    def __init__(self, folder: Path, limit_bytes: int) -> None:
+        self.folder, self.limit_bytes = folder, limit_bytes
+
+    def open(self, storage: Storage, shard: ShardEntry) -> BinaryIO:
+        """The shard's local copy, opened; fetched where it is not there. Raises OSError where the store fails,
+        ValueError where the shard is larger than the cache."""
+        path = self.folder / f"{shard.sha256}.tar"
+        while True:
+            with suppress(FileNotFoundError):
+                file = path.open("rb")  # stays readable when another process removes the name
+                with suppress(FileNotFoundError):
+                    os.utime(path)
+                return file
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with self._lock(shard.sha256) as mine:
+                assert mine
+                if not path.exists():
+                    self._fetch(storage, shard, path)
+
+    def _fetch(self, storage: Storage, shard: ShardEntry, path: Path) -> None:
+        partial = path.with_suffix(".partial")
+        size = storage.size(shard.name)
+        self._make_room(size, partial)
+        try:
+            with (
+                storage.fs.open_input_stream(storage.path(shard.name), compression=None) as source,
+                partial.open("r+b") as sink,
+            ):
+                shutil.copyfileobj(source, sink, 8 * 2**20)
+                fetched = sink.tell()
+            if fetched != size:
+                raise OSError(f"{storage.uri}/{shard.name} ended after {fetched} of {size} bytes")
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
+
+    def _make_room(self, size: int, partial: Path) -> None:
+        """Remove old shards until `size` more bytes fit, and reserve them by the file `partial`."""
+        if size > self.limit_bytes:
+            raise ValueError(
+                f"a shard of {size} bytes does not fit into the shard cache of {self.limit_bytes} bytes: "
+                "raise data.shard_cache_gib, or set it to 0"
+            )
+        with self._lock("room"):
+            for left in self.folder.glob("*.partial"):
+                with self._lock(left.stem, wait=False) as abandoned:
+                    if abandoned:  # nobody is filling it: its process was killed
+                        left.unlink(missing_ok=True)
+            files = [(file, file.stat()) for file in self.folder.glob("*.tar")]
+            total = sum(stat.st_size for _, stat in files)
+            total += sum(file.stat().st_size for file in self.folder.glob("*.partial"))
+            for file, stat in sorted(files, key=lambda entry: entry[1].st_mtime_ns):
+                if total + size <= self.limit_bytes:
+                    break
+                file.unlink(missing_ok=True)
+                total -= stat.st_size
+            with partial.open("wb") as file_handle:
+                os.posix_fallocate(file_handle.fileno(), 0, max(size, 1))
+
+    @contextmanager
+    def _lock(self, name: str, wait: bool = True) -> Iterator[bool]:
+        """Hold the lock `name`; gives False where it is held elsewhere and `wait` is False."""
+        with (self.folder / f"{name}.lock").open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                yield False
+                return
+            yield True

@@ -1,0 +1,46 @@
+"""The loader's settings of a run, from its configuration."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from arvideo_dist.config import DataConfig
+from arvideo_dist.data.index import load_manifest
+from arvideo_dist.data.loader import ClipSource, LoaderOptions
+from arvideo_dist.storage import Storage
+
+
+def training_sources(data: DataConfig) -> list[ClipSource]:
+    """The run's data sets. Raises ValueError where a path is not set or cannot be opened."""
+    if data.path is None:
+        raise ValueError(
+            "data.path is not set: give the folder or URI that data_prep wrote, as --data.path, in the "
+            "YAML file, or as ARVIDEO__DATA__PATH"
+        )
+    first = ClipSource(Storage(data.path), data.split, data.stride, data.crop_scales, data.weight)
+    others = [
+        ClipSource(Storage(other.path), other.split, other.stride, other.crop_scales, other.weight)
+        for other in data.mixture
+    ]
+    return [first, *others]
+
+
+def clips_per_epoch(data: DataConfig) -> int:
+    """Places of one epoch of the run. Raises ValueError where a data set is missing."""
+    samples = sum(load_manifest(source.storage, source.split).samples for source in training_sources(data))
+    return data.repeats * samples
+
+
+def loader_options(data: DataConfig, *, pin_memory: bool) -> LoaderOptions:
+    return LoaderOptions(
+        repeats=data.repeats,
+        repeat_windows=data.repeat_windows,
+        shuffle_block_shards=data.shuffle_block_shards,
+        device_transforms=data.device_transforms,
+        verify_checksums=data.verify_checksums,
+        read_retries=data.read_retries,
+        shard_cache=Path(data.shard_cache),
+        shard_cache_gib=data.shard_cache_gib,
+        hung_after_seconds=data.hung_worker_s,
+        pin_memory=pin_memory,
+    )

@@ -1,0 +1,110 @@
+"""Ray tasks: the bytes of a local run, also when workers and nodes die on the way."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+import ray
+from ray.cluster_utils import Cluster
+
+from data_prep import prepare as prepare_module
+from data_prep.shards import Outcome
+from tests.data_prep.runs import digests, prepare
+
+pytestmark = pytest.mark.slow
+
+CLIPS = ("synthetic", "--num-videos", 60, "--shard-size", 8, "--width", 128, "--height", 128, "--frames", 64)
+
+
+@pytest.fixture(scope="module")
+def calm(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """What an undisturbed local run writes."""
+    out = tmp_path_factory.mktemp("calm")
+    with pytest.MonkeyPatch.context() as patch:
+        assert prepare(patch, *CLIPS, "--out", out) == 0
+    return digests(out)
+
+
+@pytest.fixture
+def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
+    monkeypatch.setenv("RAY_raylet_start_wait_time_s", "120")  # a busy machine starts slowly
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+    cluster.add_node(num_cpus=1)
+    cluster.wait_for_nodes()
+    yield cluster
+    ray.shutdown()
+    cluster.shutdown()
+
+
+def after(videos: int, monkeypatch: pytest.MonkeyPatch) -> threading.Event:
+    """An event that is set once the driver has seen `videos` outcomes."""
+    seen, reached, work = 0, threading.Event(), prepare_module._work
+
+    def watched(*arguments: object) -> Iterator[object]:
+        nonlocal seen
+        for result in work(*arguments):  # type: ignore[arg-type]
+            seen += isinstance(result, Outcome)
+            if seen >= videos:
+                reached.set()
+            yield result
+
+    monkeypatch.setattr(prepare_module, "_work", watched)
+    return reached
+
+
+def ray_workers(cluster: Cluster) -> list[psutil.Process]:
+    """The cluster's processes that run a video now."""
+    found = []
+    for node in cluster.list_all_nodes():
+        for info in node.all_processes["raylet"]:
+            for child in psutil.Process(info.process.pid).children(recursive=True):
+                if child.name().startswith("ray::_video"):
+                    found.append(child)
+    return found
+
+
+def test_killed_workers_change_no_byte(
+    cluster: Cluster, calm: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    killed = []
+
+    def kill(reached: threading.Event) -> None:
+        reached.wait()
+        while len(killed) < 4:
+            for worker in ray_workers(cluster):
+                worker.kill()
+                killed.append(worker.pid)
+
+    killer = threading.Thread(target=kill, args=(after(5, monkeypatch),), daemon=True)
+    killer.start()
+    assert prepare(monkeypatch, *CLIPS, "--out", tmp_path, "--ray-address", cluster.address) == 0
+    killer.join(timeout=10)
+    assert len(killed) >= 4
+    assert digests(tmp_path) == calm
+
+
+def test_a_lost_node_changes_no_byte(
+    cluster: Cluster, calm: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    second = cluster.worker_nodes.copy().pop()
+
+    def remove(reached: threading.Event) -> None:
+        reached.wait()
+        cluster.remove_node(second, allow_graceful=False)
+
+    remover = threading.Thread(target=remove, args=(after(9, monkeypatch),), daemon=True)
+    remover.start()
+    assert prepare(monkeypatch, *CLIPS, "--out", tmp_path, "--ray-address", cluster.address) == 0
+    remover.join(timeout=30)
+    assert digests(tmp_path) == calm
+
+
+def test_no_cluster_at_the_address_is_one_clear_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert prepare(monkeypatch, *CLIPS, "--out", tmp_path / "out", "--ray-address", "127.0.0.1:1") == 2
+    assert "--ray-address 127.0.0.1:1" in capsys.readouterr().err.splitlines()[-1]

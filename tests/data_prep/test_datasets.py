@@ -1,0 +1,214 @@
+"""Annotations as their publishers distribute them: every row is an input, labels are right, nothing is guessed."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+
+from data_prep import boxes, datasets
+from data_prep.errors import Rejected, UserError
+from data_prep.items import Inputs, Item
+from data_prep.probe import VideoInfo
+
+
+def touch(folder: Path, *names: str) -> Path:
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(b"x")
+    return folder
+
+
+def by_source(inputs: Inputs) -> dict[str, Item]:
+    return {item.source: item for item in inputs.items}
+
+
+def test_kinetics_400_val_whole(shared_dir: Path, tmp_path: Path) -> None:
+    annotations = shared_dir / "annotations" / "kinetics-400_val.csv"
+    videos = touch(
+        tmp_path,
+        "abseiling/0wR5jVB-WPk_000417_000427.mp4",  # a folder for each label
+        "--nQbRBEz2s_000104_000114.mkv",  # flat, another container
+        "abseiling/3caPS4FHFF8_000036_000046.mp4",
+        "other/3caPS4FHFF8_000036_000046.webm",  # the label's folder decides
+        "x/2cPLjY5AWXU_000001_000011.mp4",
+        "y/2cPLjY5AWXU_000001_000011.mp4",  # nothing decides
+    )
+    inputs = datasets.kinetics("kinetics400", str(annotations), str(videos), None)
+    assert len(inputs.items) == 19_906
+    assert inputs.labels == (shared_dir / "annotations" / "label_map_k400.txt").read_text().splitlines()
+    items = by_source(inputs)
+    with open(annotations) as file:
+        for row in csv.DictReader(file):
+            name = f"{row['youtube_id']}_{int(row['time_start']):06d}_{int(row['time_end']):06d}"
+            assert inputs.labels[items[name].label] == items[name].label_name == row["label"]
+    found = {item.source: item.file for item in inputs.items if item.reason is None}
+    assert found == {
+        "0wR5jVB-WPk_000417_000427": "abseiling/0wR5jVB-WPk_000417_000427.mp4",
+        "--nQbRBEz2s_000104_000114": "--nQbRBEz2s_000104_000114.mkv",
+        "3caPS4FHFF8_000036_000046": "abseiling/3caPS4FHFF8_000036_000046.mp4",
+    }
+    assert items["2cPLjY5AWXU_000001_000011"].reason == "ambiguous: 2 videos of this name"
+    assert sum(item.reason == "missing: no video of this name" for item in inputs.items) == 19_902
+
+
+def test_kinetics_test_has_no_labels(shared_dir: Path, tmp_path: Path) -> None:
+    annotations = shared_dir / "annotations" / "kinetics-400_test.csv"
+    inputs = datasets.kinetics("kinetics400", str(annotations), str(tmp_path), None)
+    assert (len(inputs.items), inputs.labels) == (38_685, [])
+    assert {item.label for item in inputs.items} == {-1}
+
+
+@pytest.mark.parametrize(
+    ("source", "file", "rows"),
+    [
+        ("kinetics400", "kinetics400_val_with_is_cc.csv", 2),
+        ("kinetics600", "kinetics-600_val_head200.csv", 199),
+        ("kinetics700", "kinetics700_val_head.csv", 10),
+    ],
+)
+def test_other_kinetics_files(shared_dir: Path, tmp_path: Path, source: str, file: str, rows: int) -> None:
+    inputs = datasets.kinetics(source, str(shared_dir / "annotations" / file), str(tmp_path), None)
+    assert len(inputs.items) == rows
+    assert all(inputs.labels[item.label] == item.label_name for item in inputs.items)
+    assert any("give --label-map" in remark for remark in inputs.remarks)
+
+
+def test_a_row_that_comes_twice_is_one_input_and_one_duplicate(tmp_path: Path) -> None:
+    videos = touch(tmp_path / "videos", "abc_000001_000011.mp4")
+    annotations = tmp_path / "twice.csv"
+    annotations.write_text("youtube_id,time_start,time_end\nabc,1,11\nabc,1,11\n")
+    first, second = datasets.kinetics("kinetics400", str(annotations), str(videos), None).items
+    assert (first.reason, second.reason) == (None, "duplicate: listed more than once")
+
+
+def test_ssv2(shared_dir: Path, tmp_path: Path) -> None:
+    annotations = shared_dir / "annotations"
+    videos = touch(tmp_path, "74225.webm", "sub/116154.mp4")
+    label_map = str(annotations / "label_map_sthv2.txt")
+    inputs = datasets.ssv2(str(annotations / "ssv2_validation.json"), str(videos), label_map, None)
+    items = by_source(inputs)
+    assert items["74225"].label_name == "Spinning something that quickly stops spinning"
+    assert inputs.labels[items["36585"].label] == "Something falling like a feather or paper"
+    assert items["74225"].extra == {"caption": "spinning cube that quickly stops spinning"}
+    assert (items["74225"].file, items["116154"].file) == ("74225.webm", "sub/116154.mp4")
+    assert items["117478"].reason == "missing: no video of this name"
+
+
+def test_ssv2_test_answers_and_the_publishers_label_numbers(shared_dir: Path, tmp_path: Path) -> None:
+    annotations = shared_dir / "annotations"
+    test = str(annotations / "ssv2_test.json")
+    plain = datasets.ssv2(test, str(tmp_path), None, None)
+    assert {item.label for item in plain.items} == {-1}
+    label_map = str(annotations / "label_map_sthv2.txt")
+    answered = by_source(
+        datasets.ssv2(test, str(tmp_path), label_map, str(annotations / "ssv2_test-answers.csv"))
+    )
+    assert answered["1420"].label_name == "Throwing something"
+    numbered = datasets.read_label_map(str(annotations / "ssv2_labels.json"))
+    stated = json.loads((annotations / "ssv2_labels.json").read_text())
+    assert {name: index for index, name in enumerate(numbered) if name} == {
+        name: int(index) for name, index in stated.items()
+    }
+    with pytest.raises(UserError, match="labels are not in it"):
+        datasets.ssv2(
+            str(annotations / "ssv2_train.json"), str(tmp_path), str(annotations / "ssv2_labels.json"), None
+        )
+
+
+@pytest.mark.parametrize(
+    ("fold", "split", "rows"), [(1, "train", 3570), (1, "test", 1530), (3, "test", 1530)]
+)
+def test_hmdb51(shared_dir: Path, tmp_path: Path, fold: int, split: str, rows: int) -> None:
+    name = "(HQ)_Rock_Climbing_-_Free_Solo_Speed_Climb_-_Dan_Osman_climb_f_cm_np1_le_med_2"
+    videos = touch(tmp_path, f"climb/{name}.avi")
+    inputs = datasets.hmdb51(str(shared_dir / "annotations" / "hmdb51_splits"), str(videos), fold, split)
+    assert len(inputs.items) == rows
+    assert inputs.labels == (shared_dir / "annotations" / "label_map_hmdb51.txt").read_text().splitlines()
+    assert all(item.source.startswith(f"{item.label_name}/") for item in inputs.items)
+    item = by_source(inputs).get(f"climb/{name}.avi")
+    if item:
+        assert item.file == f"climb/{name}.avi"
+        assert inputs.labels[item.label] == "climb"
+
+
+def test_ava_boxes_are_placed_on_the_written_pictures(shared_dir: Path, tmp_path: Path) -> None:
+    annotations = shared_dir / "annotations"
+    videos = touch(tmp_path, "1j20qq1JyX4.mkv")
+    inputs = datasets.ava(
+        str(annotations / "ava_v2.2_excerpt.csv"), str(videos), str(annotations / "label_map_ava.txt"), 900.0
+    )
+    (item,) = inputs.items
+    assert inputs.labels[12] == "stand"
+    video = VideoInfo(
+        width=320, height=240, fps=25.0, frames=100, duration=4.0, codec="h264", pixel_format="yuv420p"
+    )
+    placed = boxes.placed(item.extra["boxes"], item.extra["video_start"], 0.08, video)
+    assert placed["boxes_outside"] == 0
+    assert placed["boxes"][0] == {  # type: ignore[index]
+        "movie_second": 902.0,
+        "frame": 48,  # (902 - 900 - 0.08) s at 25 a second
+        "box": [0.002, 0.118, 0.714, 0.977],
+        "action": 12,
+        "person": 1,
+    }
+    with pytest.raises(Rejected, match=r"boxes: all at 902 to 902 s, the video lasts 4 s"):
+        boxes.placed(item.extra["boxes"], 0.0, 0.0, video)
+
+
+def test_ava_rows_are_grouped_by_video(shared_dir: Path, tmp_path: Path) -> None:
+    inputs = datasets.ava(
+        str(shared_dir / "annotations" / "ava_style_gt.mmaction2_tests.csv"), str(tmp_path), None, 0.0
+    )
+    assert [(item.source, len(item.extra["boxes"])) for item in inputs.items] == [
+        ("3reY9zJKhqN", 4),
+        ("HmR8SmNIoxu", 4),
+        ("5HNXoce1raG", 4),
+    ]
+
+
+def test_lists_take_blanks_in_paths_numbers_and_names(tmp_path: Path) -> None:
+    touch(tmp_path, "a b/one two.mp4", "[x] (HQ) 300+.avi")
+    numbers = tmp_path / "numbers.txt"
+    numbers.write_text("a b/one two.mp4 2\n[x] (HQ) 300+.avi 0\nmissing one.mp4 1\n\n")
+    items = by_source(datasets.listed(str(numbers), None, None))
+    assert (items["a b/one two.mp4"].label, items["[x] (HQ) 300+.avi"].label) == (2, 0)
+    assert items["missing one.mp4"].reason == "missing: no file of this name"
+    names = tmp_path / "names.txt"
+    names.write_text(f"{tmp_path / 'a b/one two.mp4'}  label_2\n[x] (HQ) 300+.avi\tlabel_1\n")
+    inputs = datasets.listed(str(names), str(tmp_path), None)
+    assert inputs.labels == ["label_1", "label_2"]
+    assert [item.label for item in inputs.items] == [1, 0]
+    assert all(Path(item.path or "").is_file() for item in inputs.items)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("alone.mp4\n", "line 1 is not `path label`"),
+        ("", "it lists no videos"),
+    ],
+)
+def test_bad_lists_are_refused(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "list.txt").write_text(text)
+    with pytest.raises(UserError, match=message):
+        datasets.listed(str(tmp_path / "list.txt"), None, None)
+
+
+def test_annotation_mistakes_name_file_and_line(tmp_path: Path) -> None:
+    bad = tmp_path / "bad.csv"
+    bad.write_text("label,youtube_id\nx,y\n")
+    with pytest.raises(UserError, match="no column time_end, time_start"):
+        datasets.kinetics("kinetics400", str(bad), str(tmp_path), None)
+    bad.write_text("youtube_id,time_start,time_end\ny,1,2\nz,one,2\n")
+    with pytest.raises(UserError, match="line 3 has no times"):
+        datasets.kinetics("kinetics400", str(bad), str(tmp_path), None)
+    with pytest.raises(UserError, match="No such file"):
+        datasets.kinetics("kinetics400", str(tmp_path / "absent.csv"), str(tmp_path), None)
+    with pytest.raises(UserError, match="hmdb51 has the splits train and test"):
+        datasets.hmdb51(str(tmp_path), str(tmp_path), 1, "val")
+    bad.write_text("abc,902,0.1,0.1\n")
+    with pytest.raises(UserError, match="line 1 has 4 columns"):
+        datasets.ava(str(bad), str(tmp_path), None, 0)

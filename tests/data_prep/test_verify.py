@@ -1,0 +1,141 @@
+"""verify: a sound data set has no problem, and each kind of damage is found and named."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from arvideo_dist.storage import Storage
+from data_prep.verify import check_video, verify
+from tests.data_prep.runs import SMALL, prepare
+from tests.data_prep.videos import make
+
+
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("sound")
+    with pytest.MonkeyPatch.context() as patch:
+        assert prepare(patch, "synthetic", "--out", out, "--num-videos", 6, "--shard-size", 3, *SMALL) == 0
+    return out
+
+
+def test_a_sound_set_has_no_problem(
+    sound: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    report = tmp_path / "report.json"
+    assert prepare(monkeypatch, "verify", sound, "--decode", "all", "--report", report) == 0
+    assert capsys.readouterr().out == "train: 2 shards, 6 samples, 6 decoded: no problem(s)\n"
+    (written,) = json.loads(report.read_text())
+    assert (written["samples"], written["decoded"], written["problems"]) == (6, 6, [])
+    assert verify(Storage(str(sound)), "train", 2, 1).decoded == 2
+
+
+def flip_in_video(out: Path) -> None:
+    row = pq.read_table(out / "index-train.parquet").to_pylist()[0]
+    with open(out / row["shard"], "r+b") as file:
+        file.seek(row["offset"] + row["size"] // 2)
+        byte = file.read(1)
+        file.seek(-1, 1)
+        file.write(bytes([byte[0] ^ 1]))
+
+
+def cut_shard(out: Path) -> None:
+    data = (out / "train-000001.tar").read_bytes()
+    (out / "train-000001.tar").write_bytes(data[: len(data) // 2])
+
+
+def shift_offset(out: Path) -> None:
+    table = pq.read_table(out / "index-train.parquet")
+    shifted = pa.array([value + 512 for value in table["offset"].to_pylist()], pa.int64())
+    place = table.schema.get_field_index("offset")
+    pq.write_table(table.set_column(place, table.schema.field(place), shifted), out / "index-train.parquet")
+
+
+def drop_row(out: Path) -> None:
+    table = pq.read_table(out / "index-train.parquet")
+    pq.write_table(table.slice(1), out / "index-train.parquet")
+    resign(out)
+
+
+def resign(out: Path) -> None:
+    """Make the manifest agree with the index again, as a tool that forgets the shards would."""
+    storage = Storage(str(out))
+    manifest = json.loads((out / "dataset-train.json").read_text())
+    manifest["index"]["sha256"] = storage.sha256("index-train.parquet")
+    manifest["index"]["size"] = storage.size("index-train.parquet")
+    (out / "dataset-train.json").write_text(json.dumps(manifest))
+
+
+def edit_settings(out: Path) -> None:
+    manifest = json.loads((out / "dataset-train.json").read_text())
+    manifest["settings"]["seed"] = 99
+    (out / "dataset-train.json").write_text(json.dumps(manifest))
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (flip_in_video, ["checksum differs from the index's", "size or checksum differ from the manifest's"]),
+        (cut_shard, ["train-000001.tar: not a whole tar", "is not in the shard"]),
+        (lambda out: (out / "train-000000.tar").unlink(), ["train-000000.tar: missing"]),
+        (shift_offset, ["index-train.parquet: size or checksum differ"]),
+        (lambda out: (shift_offset(out), resign(out)), ["the index says"]),
+        (drop_row, ["other columns or rows", "is not in the index", "2 index rows, 3 samples"]),
+        (edit_settings, ["the fingerprint is not that of its settings"]),
+        (
+            lambda out: shutil.copy(out / "train-000000.tar", out / "train-000007.tar"),
+            ["does not name this shard"],
+        ),
+        (lambda out: (out / "rejects-train.parquet").unlink(), ["rejects-train.parquet: missing"]),
+    ],
+)
+def test_damage_is_found_and_named(
+    sound: Path, tmp_path: Path, damage: Callable[[Path], object], words: list[str]
+) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(sound, out)
+    damage(out)
+    problems = "\n".join(verify(Storage(str(out)), "train", None, 1).problems)
+    for expected in words:
+        assert expected in problems
+
+
+def test_a_b_picture_that_is_a_reference_is_found(tmp_path: Path) -> None:
+    pyramid = make(
+        tmp_path / "pyramid.mp4",
+        "-bf",
+        "7",
+        "-x264-params",
+        "b-pyramid=normal:b-adapt=0",
+        source="testsrc2=s=64x64:d=1",
+    )
+    row = {"frames": 25, "width": 64, "height": 64}
+    assert "B-pictures are references" in "\n".join(check_video(pyramid.read_bytes(), row, droppable=True))
+    assert check_video(pyramid.read_bytes(), row, droppable=False) == []
+    (problem,) = check_video(pyramid.read_bytes(), row | {"frames": 26}, droppable=False)
+    assert problem == "25 pictures decode, the index says 26"
+
+
+def test_stats_prints_figures_and_writes_pictures(
+    sound: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(sound, out)
+    assert prepare(monkeypatch, "stats", out) == 0
+    said = capsys.readouterr().out
+    assert "6 samples, 0 rejects" in said
+    assert "6 of 12 labels occur, 1 to 1 videos each" in said
+    for name in ("stats-train.png", "contact-train.png"):
+        assert (out / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_an_empty_folder_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert prepare(monkeypatch, "verify", tmp_path) == 2
+    assert prepare(monkeypatch, "stats", tmp_path) == 2
+    assert prepare(monkeypatch, "verify", tmp_path, "--split", "val") == 2
