@@ -142,6 +142,11 @@ class ModelConfig(Section):
     target_norm: Literal["per_channel", "per_cube", "none"] = Field(
         "per_channel", description="normalisation of each cube's target pixels"
     )
+    init_from: str | None = Field(
+        None,
+        description="VideoMAE weights that the encoder starts from: a transformers folder, or a .safetensors, "
+        ".pth, .pt or .bin file in its layout or the original repository's; null: random",
+    )
 
     @property
     def token_grid(self) -> Triple:
