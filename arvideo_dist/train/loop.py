@@ -21,6 +21,7 @@ from arvideo_dist.config import RunConfig
 from arvideo_dist.data.index import load_manifest
 from arvideo_dist.data.loader import ClipLoader, ClipSource
 from arvideo_dist.derived import Derived
+from arvideo_dist.interchange import load_initial_encoder
 from arvideo_dist.model.arvideo import ARVideo
 from arvideo_dist.storage import Storage
 from arvideo_dist.tracking import Tracker
@@ -61,14 +62,17 @@ def train(task: Task, device: torch.device, control: dist.ProcessGroup) -> None:
     model = ARVideo(config.model, config.decoder)
     sequence = model.clusters.draw_sequence
     start = checkpoints.open_newest_whole(run, control)
+    origin = "random weights"
     if start is not None:
         start.load_weights(model)
+    elif config.model.init_from is not None:
+        origin = load_initial_encoder(model.encoder, config.model.init_from)
     engine = Engine(model, config.train, config.optim, device, derived.accumulation_steps)
     if start is not None:
         start.load_optimizer(engine)
     position = start.state["position"] if start is not None else 0
     step = position // global_batch
-    _say(rank, f"continues from {start}, step {step}" if start else "starts from random weights")
+    _say(rank, f"continues from {start}, step {step}" if start else f"starts from {origin}")
 
     data = Storage(_data_path(config))
     make_loader = functools.partial(
