@@ -61,7 +61,7 @@ def move(batch: Inputs, device: torch.device) -> Inputs:
 
 def inputs(config: ModelConfig, clips: int) -> Inputs:
     """Smooth random clips of the configured geometry and their drawn sequences, on the CPU."""
-    clusters, rng = make_clusters(config), np.random.default_rng(0)
+    clusters, rng = make_clusters(config, DecoderConfig()), np.random.default_rng(0)
     drawn = [clusters.draw_sequence(rng) for _ in range(clips)]
     context, target = (torch.from_numpy(np.stack(ids)) for ids in zip(*drawn, strict=True))
     size = (config.frames, config.image_size, config.image_size)

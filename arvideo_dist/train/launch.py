@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import math
 import os
 import warnings
 from dataclasses import asdict, dataclass
@@ -56,7 +57,20 @@ def with_absolute_paths(config: RunConfig) -> RunConfig:
         other.model_copy(update={"path": Storage(other.path).uri}) for other in config.data.mixture
     )
     data = config.data.model_copy(update={"path": path, "mixture": mixture})
-    return config.model_copy(update={"run": run, "data": data})
+    model = config.model
+    if model.init_from is not None:
+        model = model.model_copy(update={"init_from": Storage(model.init_from).uri})
+    return config.model_copy(update={"run": run, "data": data, "model": model})
+
+
+def check_initial_weights(config: RunConfig) -> None:
+    """Read `model.init_from` once, so that weights of another encoder stop the command and not the workers."""
+    if config.model.init_from is not None:
+        from arvideo_dist.interchange import load_initial_encoder
+        from arvideo_dist.model.vit import ENCODER_SIZES, Encoder
+
+        size, tokens = ENCODER_SIZES[config.model.encoder], math.prod(config.model.token_grid)
+        load_initial_encoder(Encoder(size, config.model.tubelet, tokens), config.model.init_from)
 
 
 def check_resume(config: RunConfig) -> None:
