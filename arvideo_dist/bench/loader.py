@@ -79,7 +79,7 @@ def run(plan: Plan, gpu_clips_per_second: float, say: Callable[[str], None]) -> 
         figures[name]["times_cheaper_than_videomae"] = _spread(ratios)
     for name in ("host", "device"):
         figures[name]["split_cpu_ms"] = _split(loaders[name], plan, figures[name]["cpu_ms"]["mean"])
-    return {"loaders": figures, "rounds": rounds}
+    return {"videos": _describe(plan, reference), "loaders": figures, "rounds": rounds}
 
 
 def _samples(plan: Plan, options: LoaderOptions) -> ClipSamples:
@@ -231,6 +231,18 @@ def _split(samples: PlacesToBatch[Any], plan: Plan, total_ms: float) -> dict[str
     per_clip = {stage: seconds / clips * 1000 for stage, seconds in spent.items()}
     whole = per_clip.pop("whole")
     return per_clip | {"collate": whole - sum(per_clip.values()), "ipc": total_ms - whole}
+
+
+def _describe(plan: Plan, reference: list[Path]) -> dict[str, Any]:
+    index = open_index(Storage(plan.data), plan.split)
+    rows = [index[i] for i in range(len(index))]
+    return {
+        "count": len(rows),
+        "mean_seconds": mean(row.duration for row in rows),
+        "short_sides_in_shards": sorted({min(row.width, row.height) for row in rows}),
+        "mean_kb_in_shards": mean(row.size for row in rows) / 1000,
+        "mean_kb_of_short_side_320": mean(path.stat().st_size for path in reference) / 1000,
+    }
 
 
 def _reference_files(plan: Plan, say: Callable[[str], None]) -> list[Path]:
