@@ -158,7 +158,8 @@ def _measure(samples: PlacesToBatch[Any], plan: Plan, seed: int) -> dict[str, fl
         tensors = _tensors(batch)
         pinned = pinned or [torch.empty(2 * t.numel(), dtype=t.dtype) for t in tensors]
         for target, tensor in zip(pinned, tensors, strict=True):
-            target[: tensor.numel()].copy_(tensor.reshape(-1))
+            in_memory = tensor.as_strided((tensor.numel(),), (1,), tensor.storage_offset())
+            target[: tensor.numel()].copy_(in_memory)
         if number == _WARM_UP_BATCHES - 1:
             worker, own, wall = worker_time, time.process_time(), time.perf_counter()
     clips = batches * plan.micro_batch
