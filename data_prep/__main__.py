@@ -17,7 +17,6 @@ from typing import Any, NoReturn
 
 from pydantic import ValidationError
 
-from arvideo_dist.data.index import manifest_name
 from arvideo_dist.storage import Storage
 from data_prep import datasets, folder, synthetic
 from data_prep.errors import UserError
@@ -153,8 +152,8 @@ def _parser() -> argparse.ArgumentParser:
 def _splits(storage: Storage, asked: str | None) -> list[str]:
     if asked:
         return [asked]
-    names = [name.removeprefix("dataset-").removesuffix(".json") for name in storage.names()]
-    splits = [split for split in names if manifest_name(split) in storage.names()]
+    stems = (re.fullmatch(r"dataset-(\w+)\.json", name) for name in storage.names())
+    splits = [stem[1] for stem in stems if stem]
     if not splits:
         raise UserError(f"{storage.uri} holds no finished split (dataset-<split>.json)")
     return splits

@@ -17,7 +17,7 @@ from typing import Any
 
 from data_prep.errors import UserError
 from data_prep.folder import VIDEO_SUFFIXES, walk
-from data_prep.items import Inputs, Item, printable
+from data_prep.items import DUPLICATE, Inputs, Item, printable
 
 KINETICS_LABELS = {"kinetics400": 400, "kinetics600": 600, "kinetics700": 700}
 
@@ -104,7 +104,7 @@ def _once(items: Iterable[Item]) -> list[Item]:
     result = []
     for item in items:
         if item.source in seen:
-            item = replace(item, reason="duplicate: listed more than once", path=None)
+            item = replace(item, reason=DUPLICATE, path=None)
         seen.add(item.source)
         result.append(item)
     return result

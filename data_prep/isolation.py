@@ -26,6 +26,7 @@ from data_prep.errors import Interrupted, Rejected
 from data_prep.probe import SourceInfo, VideoInfo
 
 _running: set[subprocess.Popen[Any]] = set()
+_stopping = threading.Event()
 _WALL_FACTOR = 30  # wall seconds allowed per CPU second allowed
 _MAX_FILE_BYTES = 8 * 2**30
 _STDERR_BYTES = 2**20  # kept of a helper's messages
@@ -87,6 +88,7 @@ def run(
     `feed` writes the helper's stdin (a helper that stops reading is no error here: its status tells).
     Raises Interrupted where it is ended by a signal, hence also by a limit.
     """
+    _check_allowed()
     with tempfile.TemporaryFile() as messages:
         process = subprocess.Popen(
             arguments,
@@ -116,14 +118,28 @@ def run(
         messages.seek(0)
         text = messages.read(_STDERR_BYTES).decode("utf-8", "replace")
     if returncode < 0:
+        _check_allowed()
         raise watch.died(returncode)
     return returncode, text
 
 
-def stop_all() -> None:
-    """End every helper that runs now; what it was working on is Interrupted."""
+def allow_helpers(allowed: bool) -> None:
+    """Let helpers be started, or end all that run and let no other begin: then `Stopped` is raised."""
+    if allowed:
+        _stopping.clear()
+        return
+    _stopping.set()
     for process in list(_running):
         process.kill()
+
+
+class Stopped(Exception):  # noqa: N818
+    """The run is ending: this input is neither made nor rejected."""
+
+
+def _check_allowed() -> None:
+    if _stopping.is_set():
+        raise Stopped
 
 
 class Prober:
@@ -149,6 +165,7 @@ class Prober:
             self._process = None
 
     def _ask(self, what: str, path: str) -> dict[str, object]:
+        _check_allowed()
         if self._process is None:
             # A Ray worker may have the package from a place that only its own sys.path names.
             paths = [str(Path(__file__).parent.parent), os.environ.get("PYTHONPATH", "")]
@@ -180,6 +197,7 @@ class Prober:
             process.communicate()
             _running.discard(process)
             self._process = None
+            _check_allowed()
             raise watch.died(process.returncode)
         answer = json.loads(line)
         if "rejected" in answer:

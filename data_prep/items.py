@@ -12,6 +12,8 @@ from typing import Any
 
 from data_prep.synthetic import Clip
 
+DUPLICATE = "duplicate: listed more than once"
+
 
 @dataclass(frozen=True)
 class Item:

@@ -26,15 +26,23 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from tqdm import tqdm
 
-from arvideo_dist.data.index import FORMAT_VERSION, DatasetManifest, load_manifest, manifest_name
+from arvideo_dist.data.index import (
+    FORMAT_VERSION,
+    DatasetManifest,
+    index_name,
+    load_manifest,
+    manifest_name,
+    rejects_name,
+)
 from arvideo_dist.storage import Storage
 from data_prep.errors import UserError
-from data_prep.items import Inputs, Item, shuffled
+from data_prep.items import DUPLICATE, Inputs, Item, shuffled
 from data_prep.shards import (
     Outcome,
     Part,
     SliceRecord,
     finished_parts,
+    labels_name,
     progress_folder,
     publish,
     read_table,
@@ -131,30 +139,40 @@ def _plan(
     if not (retry or retrying) or not manifest.rejects:
         return manifest
     if not retrying:
-        for source, copy in (
-            (manifest.index.name, "base-index.parquet"),
-            (manifest.rejects_file.name, "base-rejects.parquet"),
-            (manifest_name(split), "base-manifest.json"),
-        ):
-            storage.write_bytes(f"{folder}/{copy}", storage.read_bytes(source))
-        _begin(storage, split, settings)
-    base_rejects = read_table(storage, f"{folder}/base-rejects.parquet")
-    base = Part(
-        read_table(storage, f"{folder}/base-index.parquet"), base_rejects.slice(0, 0), manifest.shards
-    )
-    again = set(base_rejects["source"].to_pylist())
-    taken = set(base.index["source"].to_pylist())  # a duplicate is rejected under the name of a sample
-    candidates = [item for item in inputs.items if item.source in again]
+        _begin_retry(storage, split, manifest, inputs)
+    old_index = read_table(storage, f"{folder}/base-index.parquet")
+    old_rejects = read_table(storage, f"{folder}/base-rejects.parquet")
+    samples, again = (set(table["source"].to_pylist()) for table in (old_index, old_rejects))
+    chosen = set(json.loads(storage.read_bytes(f"{folder}/retried.json")))
+    tried: list[Item] = []
+    refused: list[tuple[str, str]] = []
+    for item in inputs.items:
+        if item.source not in again:
+            continue
+        if item.source in chosen and item.reason != DUPLICATE:
+            tried.append(item)
+        elif item.reason is not None:
+            refused.append((item.source, item.reason))
+        elif item.source not in samples:
+            refused.append((item.source, "missing: it was not there when the retry began"))
     numbers = [int(shard.name.removeprefix(f"{split}-").removesuffix(".tar")) for shard in manifest.shards]
-    return _Plan(
-        shuffled(
-            [item for item in candidates if item.reason is None and item.source not in taken],
-            settings["seed"],
-        ),
-        max(numbers, default=-1) + 1,
-        base,
-        [(item.source, item.reason) for item in candidates if item.reason is not None],
-    )
+    base = Part(old_index, old_rejects.slice(0, 0), manifest.shards)
+    return _Plan(shuffled(tried, settings["seed"]), max(numbers, default=-1) + 1, base, refused)
+
+
+def _begin_retry(storage: Storage, split: str, manifest: DatasetManifest, inputs: Inputs) -> None:
+    """Keep what is about to be replaced, and fix which inputs are tried: more may turn up until the end."""
+    folder = progress_folder(split)
+    again = set(read_table(storage, manifest.rejects_file.name)["source"].to_pylist())
+    samples = set(read_table(storage, manifest.index.name)["source"].to_pylist())
+    chosen = [item.source for item in inputs.items if item.reason is None and item.source in again - samples]
+    storage.write_bytes(f"{folder}/retried.json", json.dumps(chosen).encode())
+    for source, copy in (
+        (manifest.index.name, "base-index.parquet"),
+        (manifest.rejects_file.name, "base-rejects.parquet"),
+        (manifest_name(split), "base-manifest.json"),  # the last: with it the retry has begun
+    ):
+        storage.write_bytes(f"{folder}/{copy}", storage.read_bytes(source))
 
 
 def _begin(storage: Storage, split: str, settings: dict[str, Any]) -> None:
@@ -279,7 +297,8 @@ def sole_writer(storage: Storage, split: str) -> Iterator[None]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(f"{storage.uri}: another run is preparing split {split!r} there") from None
-        storage.clear_partial(f"{split}-", f"index-{split}", f"rejects-{split}", f"dataset-{split}")
+        whole = (index_name(split), rejects_name(split), labels_name(split), manifest_name(split))
+        storage.clear_partial(f"{split}-", *(f"{name}." for name in whole))
         yield
 
 

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from fractions import Fraction
 from itertools import pairwise
-from typing import Any
+from typing import IO, Any
 
 import av
 from av.container import InputContainer
@@ -73,8 +73,14 @@ class VideoInfo(BaseModel):
 
 def _open(path: str) -> InputContainer:
     try:
+        path.encode()
+        file: str | IO[bytes] = f"file:{path}"
+    except UnicodeEncodeError:  # a name that is no UTF-8: PyAV cannot pass it on
+        file = open(path, "rb")  # noqa: SIM115  (the container reads from it while it lives)
+    try:
         return av.open(
-            f"file:{path}",
+            file,
+            mode="r",
             metadata_errors="replace",
             options={"format_whitelist": CONTAINERS, "protocol_whitelist": "file"},
         )

@@ -19,7 +19,7 @@ from typing import Any
 from arvideo_dist.storage import Storage
 from data_prep import boxes, synthetic
 from data_prep.errors import Interrupted, Rejected
-from data_prep.isolation import Limits, Prober, stop_all
+from data_prep.isolation import Limits, Prober, allow_helpers
 from data_prep.items import Item
 from data_prep.probe import VideoInfo
 from data_prep.shards import Outcome, Sample, SliceRecord, write_slice
@@ -115,6 +115,7 @@ class LocalPool:
     ):
         self.slots = 2 * workers  # videos in flight: the next one waits beside each that runs
         self._storage, self._split, self._settings, self._limits = storage, split, settings, limits
+        allow_helpers(True)
         self._threads = ThreadPoolExecutor(workers, thread_name_prefix="data-prep")
         self._local = threading.local()
         self._probers: list[Prober] = []
@@ -129,7 +130,7 @@ class LocalPool:
 
     def __exit__(self, *_: object) -> None:
         self._threads.shutdown(wait=False, cancel_futures=True)
-        stop_all()
+        allow_helpers(False)
         self._threads.shutdown(wait=True)
         for prober in self._probers:
             prober.close()

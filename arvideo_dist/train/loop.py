@@ -61,7 +61,7 @@ def train(task: Task, device: torch.device, control: dist.ProcessGroup) -> None:
     torch.manual_seed(config.run.seed)
     model = build_model(config.model, config.decoder)
     sequence = model.sequences.draw_sequence
-    start = _open_latest(run, control)
+    start = checkpoints.open_newest_whole(run, control)
     origin = "random weights"
     if start is not None:
         start.load_weights(model)
@@ -117,8 +117,6 @@ def train(task: Task, device: torch.device, control: dist.ProcessGroup) -> None:
         return result.metrics
 
     def save() -> None:
-        if checkpoints.checkpoint_name(step) in checkpoints.complete_checkpoints(run):
-            return
         state: dict[str, Any] = {
             "position": position,
             "step": step,
@@ -184,18 +182,6 @@ def train(task: Task, device: torch.device, control: dist.ProcessGroup) -> None:
         metrics |= validation()
     if rank == 0:
         run.write_bytes(RESULT, json.dumps(metrics, indent=1).encode())
-
-
-def _open_latest(run: Storage, control: dist.ProcessGroup) -> checkpoints.Checkpoint | None:
-    """The newest complete checkpoint, the same on all ranks, its parts verified by the ranks in turn."""
-    found = [checkpoints.complete_checkpoints(run)[-1:] if dist.get_rank() == 0 else None]
-    dist.broadcast_object_list(found, src=0, group=control)
-    if not found[0]:
-        return None
-    start = checkpoints.Checkpoint(run, found[0][0])
-    start.verify(start.manifest.parts[dist.get_rank() :: dist.get_world_size()])
-    dist.barrier(control)
-    return start
 
 
 def _data_path(config: RunConfig) -> str:

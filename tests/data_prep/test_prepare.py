@@ -37,6 +37,9 @@ def videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ):
         codec = ("-c:v", "libvpx") if name.endswith("webm") else ()
         make(top / name, *codec, source=f"testsrc2=s=64x48:r={10 + number}:d=0.6")
+    make(top / "plain.mp4", source="testsrc2=s=64x48:r=10:d=0.6").rename(
+        top / "a b" / os.fsdecode(b"latin-\xe9.mp4")
+    )
     (top / "a b" / "empty.mp4").touch()
     (top / "[c]" / "notes.txt").write_text("x")
     os.mkfifo(top / "[c]" / "pipe.mp4")
@@ -61,6 +64,7 @@ def test_every_input_is_in_the_index_or_in_the_rejects(
         "[c]/(HQ) 300+ Yards!!!.avi",
         "[c]/-dash.mkv",
         "[c]/ünïcode.webm",
+        "a b/latin-\\xe9.mp4",
         "a b/one.two.mp4",
         "a b/one_two.mp4",
     ]
@@ -72,9 +76,9 @@ def test_every_input_is_in_the_index_or_in_the_rejects(
     }
     assert {row["source"]: row["label_name"] for row in index.to_pylist()}["a b/one.two.mp4"] == "a b"
     manifest = load_manifest(Storage(str(tmp_path)), "train")
-    assert (manifest.samples, manifest.rejects, manifest.labels) == (5, 4, ["[c]", "a b"])
+    assert (manifest.samples, manifest.rejects, manifest.labels) == (6, 4, ["[c]", "a b"])
     said = capsys.readouterr().out
-    assert "9 inputs: 5 samples" in said
+    assert "10 inputs: 6 samples" in said
     assert "not considered, no video by their name: 1 x .txt" in said
 
 
@@ -217,6 +221,7 @@ def test_retried_rejects_come_into_further_shards(
         patch.setattr(prepare_module, "publish", stop)
         assert prepare(patch, *base, "--retry-rejects") == 130
     assert load_manifest(Storage(str(out)), "train").samples == 2
+    make(videos / names[4])  # turns up too late: what the retry consists of was fixed when it began
     assert prepare(monkeypatch, *base) == 0
     manifest = load_manifest(Storage(str(out)), "train")
     assert (manifest.samples, manifest.rejects) == (4, 1)
@@ -229,8 +234,12 @@ def test_retried_rejects_come_into_further_shards(
         zip(names[:4], range(4), strict=True)
     )
     rejects = pq.read_table(out / "rejects-train.parquet").to_pylist()
-    assert rejects == [{"source": names[4], "reason": "missing: no file of this name"}]
+    assert rejects == [{"source": names[4], "reason": "missing: it was not there when the retry began"}]
     assert prepare(monkeypatch, "verify", out, "--decode", "all") == 0
+    assert prepare(monkeypatch, *base, "--retry-rejects") == 0
+    manifest = load_manifest(Storage(str(out)), "train")
+    assert (manifest.samples, manifest.rejects) == (5, 0)
+    assert prepare(monkeypatch, "verify", out) == 0
 
 
 def test_compliant_videos_are_copied_and_others_encoded(
@@ -290,3 +299,31 @@ def test_a_video_that_meets_its_limit_is_tried_twice_and_rejected(
     (reject,) = pq.read_table(tmp_path / "out" / "rejects-train.parquet").to_pylist()
     assert reject["reason"].startswith("limit: ")
     assert reject["reason"].endswith("(tried 2 times)")
+
+
+def test_ava_boxes_stand_in_the_samples(
+    shared_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make(tmp_path / "videos" / "1j20qq1JyX4.mkv", source="testsrc2=s=160x120:r=30:d=3")
+    annotations = shared_dir / "annotations"
+    arguments = (
+        *("ava", "--annotations", annotations / "ava_v2.2_excerpt.csv", "--videos", tmp_path / "videos"),
+        *("--label-map", annotations / "label_map_ava.txt", "--video-start", 900, "--out", tmp_path / "out"),
+    )
+    assert prepare(monkeypatch, *arguments) == 0
+    (url,) = (tmp_path / "out").glob("*.tar")
+    (sample,) = webdataset.WebDataset(str(url), shardshuffle=False).decode()
+    described = sample["json"]
+    assert [(box["frame"], box["action"], box["person"]) for box in described["boxes"]] == [
+        (60, 12, 1),
+        (60, 79, 1),
+        (60, 12, 0),
+        (60, 17, 0),
+    ]
+    assert (described["boxes_outside"], described["file"]) == (0, "1j20qq1JyX4.mkv")
+    assert (tmp_path / "out" / "labels-train.txt").read_text().splitlines()[12] == "stand"
+
+
+def test_the_label_map_stands_beside_the_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert prepare(monkeypatch, "synthetic", "--out", tmp_path, "--num-videos", 2, *SMALL) == 0
+    assert (tmp_path / "labels-train.txt").read_text().splitlines() == list(CLASSES)

@@ -1,0 +1,212 @@
+"""What preparing costs, and what a training clip costs afterwards.
+
+    python -m benchmarks.data_prep --videos DIR [--count N] [--rounds R] [--json PATH]
+
+One run measures, interleaved over the same videos: `data_prep` with one worker against a plain loop of ffmpeg
+with the same settings (CPU seconds of everything that is started, and wall seconds); one worker against two;
+bytes a video; and the CPU time of decoding 16-frame clips of the default profile, the loader's way, against
+short-side-320 files of x264 defaults with plain decord.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import datetime
+import io
+import json
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from arvideo_dist.storage import Storage
+from data_prep.folder import VIDEO_SUFFIXES
+from data_prep.isolation import Limits
+from data_prep.items import Inputs, Item
+from data_prep.prepare import prepare, run_settings
+from data_prep.shards import read_table
+from data_prep.transcode import TranscodeSettings, ffmpeg
+from data_prep.worker import LocalPool
+
+FRAMES, STRIDE = 16, 4
+
+
+def cpu_s() -> float:
+    """CPU seconds of this process and its ended children so far."""
+    usages = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return sum(usage.ru_utime + usage.ru_stime for usage in usages)
+
+
+@contextlib.contextmanager
+def measured(into: list[dict[str, float]]) -> Iterator[None]:
+    """Append the CPU and wall seconds of the block."""
+    cpu, wall = cpu_s(), time.perf_counter()
+    yield
+    into.append({"cpu_s": cpu_s() - cpu, "wall_s": time.perf_counter() - wall})
+
+
+def run_data_prep(paths: list[Path], out: Path, workers: int) -> None:
+    items = [Item(source=path.name, path=str(path)) for path in paths]
+    inputs = Inputs(items, [], {"source": "benchmark"})
+    transcode, storage = TranscodeSettings(), Storage(str(out))
+    out.mkdir(parents=True)
+
+    def pool() -> LocalPool:
+        return LocalPool(workers, storage, "train", transcode, Limits())
+
+    with contextlib.redirect_stderr(io.StringIO()):
+        manifest, _ = prepare(inputs, storage, "train", run_settings(inputs, transcode, len(items), 0), pool)
+    assert manifest.samples == len(items), f"{manifest.rejects} of the videos were rejected"
+
+
+def run_ffmpeg(paths: list[Path], out: Path, scale: str, encoder: list[str]) -> int:
+    """One ffmpeg after the other; the bytes written."""
+    out.mkdir(parents=True)
+    size = 0
+    for number, path in enumerate(paths):
+        target = out / f"{number}.mp4"
+        command = [
+            ffmpeg()[0],
+            "-v",
+            "error",
+            "-nostdin",
+            "-filter_threads",
+            "1",
+            "-threads",
+            "1",
+            "-i",
+            str(path),
+        ]
+        subprocess.run([*command, "-map", "0:v:0", "-vf", scale, *encoder, str(target)], check=True)
+        size += target.stat().st_size
+    return size
+
+
+def clip_cost(videos: list[bytes], decode: Callable[[bytes, np.ndarray], Any]) -> float:
+    """CPU milliseconds of a 16-frame clip, stride 4, at starts drawn alike for every caller."""
+    draw, spent, clips = np.random.default_rng(0), 0.0, 0
+    for video in videos:
+        frames = _frames(video)
+        for _ in range(4):
+            start = int(draw.integers(0, max(1, frames - FRAMES * STRIDE)))
+            indices = np.unique(np.minimum(start + STRIDE * np.arange(FRAMES), frames - 1))
+            before = time.process_time()
+            decode(video, indices)
+            spent += time.process_time() - before
+            clips += 1
+    return spent / clips * 1000
+
+
+def _frames(video: bytes) -> int:
+    import av
+
+    with av.open(io.BytesIO(video)) as container:
+        return sum(bool(packet.size) for packet in container.demux(video=0))
+
+
+def plain_decord(video: bytes, indices: np.ndarray) -> np.ndarray:
+    import decord
+
+    return decord.VideoReader(io.BytesIO(video), num_threads=1).get_batch(indices).asnumpy()
+
+
+def main() -> None:
+    from arvideo_dist.data.decode import decode_rgb
+
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--videos", required=True, help="folder of source videos")
+    parser.add_argument("--count", type=int, default=8, help="how many of them, by name (default: 8)")
+    parser.add_argument("--rounds", type=int, default=3, help="interleaved repetitions (default: 3)")
+    parser.add_argument("--match", default="", help="only names that hold this")
+    parser.add_argument("--json", help="write the figures to this file")
+    given = parser.parse_args()
+    paths = sorted(
+        path
+        for path in Path(given.videos).iterdir()
+        if path.suffix.lower() in VIDEO_SUFFIXES and given.match in path.name
+    )[: given.count]
+    import webdataset  # noqa: F401  (imports torch: seconds once a run, measured apart from the videos)
+
+    settings = TranscodeSettings()
+    same = "scale='if(gt(iw,ih),-2,256)':'if(gt(iw,ih),256,-2)':flags=bicubic+accurate_rnd+bitexact"
+    same += ":out_color_matrix=smpte170m:out_range=tv,format=yuv420p"
+    usual = "scale='if(gt(iw,ih),-2,320)':'if(gt(iw,ih),320,-2)'"
+    times: dict[str, list[dict[str, float]]] = {"one worker": [], "two workers": [], "ffmpeg": []}
+    clips: dict[str, list[float]] = {"droppable, packets selected": [], "short side 320, plain decord": []}
+    with tempfile.TemporaryDirectory() as scratch:
+        top = Path(scratch)
+        usual_bytes = run_ffmpeg(paths, top / "usual", usual, ["-an", "-c:v", "libx264", "-threads", "1"])
+        for number in range(given.rounds):
+            with measured(times["ffmpeg"]):
+                run_ffmpeg(paths, top / f"ffmpeg-{number}", same, ["-an", *settings.encoder_arguments()])
+            with measured(times["one worker"]):
+                run_data_prep(paths, top / f"one-{number}", 1)
+            with measured(times["two workers"]):
+                run_data_prep(paths, top / f"two-{number}", 2)
+        storage = Storage(str(top / "one-0"))
+        rows = read_table(storage, "index-train.parquet").to_pylist()
+        ours = [storage.read_range(row["shard"], row["offset"], row["size"]) for row in rows]
+        usuals = [(top / "usual" / f"{number}.mp4").read_bytes() for number in range(len(paths))]
+        for _ in range(given.rounds):
+            clips["droppable, packets selected"].append(clip_cost(ours, decode_rgb))
+            clips["short side 320, plain decord"].append(clip_cost(usuals, plain_decord))
+        ours_bytes = sum(row["size"] for row in rows)
+
+    def least(name: str, what: str) -> float:
+        return min(entry[what] for entry in times[name])  # of a shared machine: the round disturbed least
+
+    cheap, dear = (statistics.median(values) for values in clips.values())
+    figures = {
+        "videos": len(paths),
+        "seconds_of_video": sum(row["duration"] for row in rows),
+        "rounds": times,
+        "cpu_s_of_ffmpeg_over_data_prep": least("ffmpeg", "cpu_s") / least("one worker", "cpu_s"),
+        "wall_s_of_ffmpeg_over_data_prep": least("ffmpeg", "wall_s") / least("one worker", "wall_s"),
+        "videos_a_second_and_core": len(paths) / least("one worker", "cpu_s"),
+        "cpu_s_of_two_workers_over_one": least("two workers", "cpu_s") / least("one worker", "cpu_s"),
+        "wall_s_of_one_worker_over_two": least("one worker", "wall_s") / least("two workers", "wall_s"),
+        "bytes_a_video": {
+            "droppable": ours_bytes / len(paths),
+            "short side 320 defaults": usual_bytes / len(paths),
+        },
+        "cpu_ms_a_clip": clips,
+        "cpu_of_clip_over_plain": cheap / dear,
+    }
+    report = {
+        "figures": figures,
+        "settings": settings.model_dump(),
+        "encoder": ffmpeg()[1],
+        **_surroundings(),
+    }
+    text = json.dumps(report, indent=1)
+    print(text)
+    if given.json:
+        Path(given.json).write_text(text + "\n")
+
+
+def _surroundings() -> dict[str, Any]:
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
+    model = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+    return {
+        "command": sys.argv[1:],
+        "commit": commit.stdout.strip(),
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "hardware": f"{model[0].split(':')[1].strip() if model else platform.machine()}, {os.cpu_count()} cores",
+        "load_average": os.getloadavg()[0],
+    }
+
+
+if __name__ == "__main__":
+    main()
