@@ -15,9 +15,14 @@ def test_a_member_appears_only_after_a_clean_end(tmp_path: Path) -> None:
         aside.write_bytes(b"whole")
         assert storage.names("folder") == [aside.name]
     assert storage.read_bytes("folder/member") == b"whole"
-    with pytest.raises(RuntimeError), storage.writing("folder/member") as aside:
-        aside.write_bytes(b"ha")
-        raise RuntimeError
+
+    def die_while_writing() -> None:
+        with storage.writing("folder/member") as aside:
+            aside.write_bytes(b"ha")
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        die_while_writing()
     assert storage.read_bytes("folder/member") == b"whole"
     assert storage.names("folder") == ["member"]
 
