@@ -142,6 +142,11 @@ class ModelConfig(Section):
     target_norm: Literal["per_channel", "per_cube", "none"] = Field(
         "per_channel", description="normalisation of each cube's target pixels"
     )
+    init_from: str | None = Field(
+        None,
+        description="VideoMAE weights that the encoder starts from: a transformers folder, or a .safetensors, "
+        ".pth, .pt or .bin file in its layout or the original repository's; null: random",
+    )
 
     @property
     def token_grid(self) -> Triple:
@@ -173,16 +178,32 @@ class ModelConfig(Section):
 
 
 class DecoderConfig(Section):
-    """The cross-attention decoder (paper 3.3.3, Table 10)."""
+    """The cross-attention decoder (paper 3.3.3, Tables 9 and 10)."""
 
     width: PositiveInt = Field(512, description="embedding width")
     depth: PositiveInt = Field(4, description="blocks")
     head_width: PositiveInt = Field(64, description="width of one attention head")
+    self_attention: bool = Field(
+        False, description="queries also attend to queries of their own and earlier clusters (Table 9)"
+    )
+    target_ratio: float = Field(
+        1.0,
+        gt=0,
+        le=1,
+        description="share of each predicted cluster's tokens, drawn anew for every sample, that are queries; "
+        "below 1 the loss is an unbiased estimate for less work (not in the paper)",
+    )
 
     @model_validator(mode="after")
-    def _check_heads(self) -> DecoderConfig:
+    def _check_queries(self) -> DecoderConfig:
         if self.width % self.head_width:
             raise ValueError(f"width {self.width} is not a multiple of head_width {self.head_width}")
+        if self.self_attention and self.target_ratio < 1:
+            raise ValueError(
+                f"target_ratio {self.target_ratio:g} is refused together with self_attention: queries that see "
+                "each other predict something else when some are left out, so the loss would be biased; set "
+                "target_ratio to 1 or self_attention to false"
+            )
         return self
 
 

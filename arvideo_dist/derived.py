@@ -36,7 +36,7 @@ class Derived:
 
 def derive(config: RunConfig, samples: int | None) -> Derived:
     """Numbers of a run over `samples` training samples; ValueError where they contradict each other."""
-    clusters = make_clusters(config.model)
+    clusters = make_clusters(config.model, config.decoder)
     train, world_size = config.train, config.cluster.workers
     per_pass = world_size * train.micro_batch
     accumulation_steps = math.ceil(train.global_batch / per_pass)

@@ -17,12 +17,14 @@ from arvideo_dist.model.vit import ENCODER_SIZES
 
 def forward_backward_flops(model: ModelConfig, decoder: DecoderConfig) -> int:
     """FLOP of one clip's training step (forward and backward) of ARVideo."""
-    clusters, size = make_clusters(model), ENCODER_SIZES[model.encoder]
+    clusters, size = make_clusters(model, decoder), ENCODER_SIZES[model.encoder]
     n, m, d, w = clusters.encoder_tokens, clusters.decoder_queries, size.width, decoder.width
     cube = 3 * math.prod(model.tubelet)
     embed = 2 * n * cube * d
     encoder = size.depth * (2 * n * 12 * d * d + 4 * n * n * d)
     per_block = 2 * m * w * w * 2 + 2 * n * w * 2 * w + 4 * m * n * w + 2 * m * 8 * w * w
+    if decoder.self_attention:
+        per_block += 8 * m * w * w + 4 * m * m * w
     decode = 2 * n * d * w + decoder.depth * per_block + 2 * m * w * cube
     # Backward costs twice the forward, except that pixels need no gradient.
     return 3 * (embed + encoder + decode) - embed

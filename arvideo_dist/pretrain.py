@@ -10,7 +10,14 @@ from dataclasses import asdict
 from arvideo_dist.config import RunConfig
 from arvideo_dist.derived import Derived, derive
 from arvideo_dist.settings import exit_with, read_config
-from arvideo_dist.train.launch import Finished, check_resume, derive_checked, launch, with_absolute_paths
+from arvideo_dist.train.launch import (
+    Finished,
+    check_initial_weights,
+    check_resume,
+    derive_checked,
+    launch,
+    with_absolute_paths,
+)
 from arvideo_dist.train.stop import RunStoppedError
 
 
@@ -21,6 +28,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     try:
         config, flags = read_config(sys.argv[1:] if argv is None else argv, parser)
+        check_initial_weights(config)
         if flags.dry_run:
             derived = derive(config, None) if config.data.path is None else derive_checked(config)
             print(json.dumps(asdict(derived)))

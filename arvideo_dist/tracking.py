@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import yaml
-from mlflow.entities import Metric, Param, ViewType
+from mlflow.entities import Metric, Param
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 from mlflow.utils.time import get_current_time_millis
@@ -128,9 +128,9 @@ class Tracker:
 
 def _experiment_id(client: MlflowClient, config: RunConfig) -> str:
     name = config.tracking.experiment
-    found = client.search_experiments(view_type=ViewType.ALL, filter_string=f"name = '{name}'")
-    if found:
-        return str(found[0].experiment_id)
+    found = client.get_experiment_by_name(name)
+    if found is not None:
+        return str(found.experiment_id)
     location = None
     if config.tracking.uri is None:  # beside the database; a server has a place of its own
         location = Storage(config.run.storage_path).path("mlartifacts")

@@ -27,14 +27,13 @@ import torch.distributed as dist
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a bare machine has no installed package
 
 from arvideo_dist.bench.report import environment, write_json
-
 from arvideo_dist.config import DecoderConfig, ModelConfig
 from arvideo_dist.flops import forward_backward_flops
-from arvideo_dist.model.arvideo import ARVideo
+from arvideo_dist.model.arvideo import ARVideo, make_clusters
 from arvideo_dist.model.vit import from_cubes, to_cubes
 
 Inputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
-SMALL = {"encoder": "tiny"}
+SMALL = ModelConfig(encoder="tiny")
 SMALL_DECODER = DecoderConfig(width=256, depth=2)
 LOSS_TOLERANCE = 5e-3  # relative, bf16 autocast against fp32
 GRADIENT_COSINE = 0.99
@@ -60,13 +59,14 @@ def move(batch: Inputs, device: torch.device) -> Inputs:
     return clips, context, target
 
 
-def inputs(model: ARVideo, clips: int, seed: int = 0) -> Inputs:
-    """Random clips of the model's geometry and their drawn sequences, on the CPU."""
-    rng = np.random.default_rng(seed)
-    drawn = [model.clusters.draw_sequence(rng) for _ in range(clips)]
+def inputs(config: ModelConfig, clips: int) -> Inputs:
+    """Smooth random clips of the configured geometry and their drawn sequences, on the CPU."""
+    clusters, rng = make_clusters(config, DecoderConfig()), np.random.default_rng(0)
+    drawn = [clusters.draw_sequence(rng) for _ in range(clips)]
     context, target = (torch.from_numpy(np.stack(ids)) for ids in zip(*drawn, strict=True))
-    grid = torch.randint(0, 256, (clips, 3, 4, 14, 14), generator=torch.Generator().manual_seed(seed)).float()
-    smooth = torch.nn.functional.interpolate(grid, size=(16, 224, 224), mode="trilinear")
+    size = (config.frames, config.image_size, config.image_size)
+    coarse = torch.from_numpy(rng.integers(0, 256, (clips, 3, 4, 14, 14))).float()
+    smooth = torch.nn.functional.interpolate(coarse, size=size, mode="trilinear")
     return smooth.to(torch.uint8), context, target
 
 
@@ -74,10 +74,11 @@ def check_bf16_against_fp32(device: torch.device) -> dict[str, Any]:
     """Loss and gradient of one step in bf16 on `device` against fp32 on the CPU, for each order."""
     worst_loss, worst_cosine = 0.0, 1.0
     for order in ("random", "spatial_first", "temporal_first"):
+        config = SMALL.model_copy(update={"order": order})
         torch.manual_seed(0)
-        exact = ARVideo(ModelConfig(order=order, **SMALL), SMALL_DECODER)
+        exact = ARVideo(config, SMALL_DECODER)
         half = copy.deepcopy(exact).to(device)
-        batch = inputs(exact, 2)
+        batch = inputs(config, 2)
         expected = exact(*batch).loss_b.mean()
         expected.backward()
         with torch.autocast(device.type, torch.bfloat16):
@@ -96,10 +97,10 @@ def check_bf16_against_fp32(device: torch.device) -> dict[str, Any]:
 def check_no_leak(device: torch.device) -> dict[str, Any]:
     """In bf16: other pixels in a cluster change no prediction of clusters up to it, and each later one."""
     torch.manual_seed(0)
-    model = ARVideo(ModelConfig(**SMALL), SMALL_DECODER).to(device)
+    model = ARVideo(SMALL, SMALL_DECODER).to(device)
     clusters = model.clusters
     cluster_of = {int(token): number for number, row in enumerate(clusters.members_kn) for token in row}
-    clips, context, target = inputs(model, 1)
+    clips, context, target = inputs(SMALL, 1)
     order = [cluster_of[int(token)] for token in context[0, :: clusters.kept]]
     order.append(cluster_of[int(target[0, -1])])
 
@@ -111,7 +112,7 @@ def check_no_leak(device: torch.device) -> dict[str, Any]:
     for place in range(clusters.count):
         cubes = to_cubes(clips, model.tubelet)
         cubes[0, torch.from_numpy(clusters.members_kn[order[place]])] ^= 0xFF
-        after = predict(from_cubes(cubes, model.tubelet, (16, 224, 224)))
+        after = predict(from_cubes(cubes, model.tubelet, clips.shape[2:]))
         changed = (after - before).abs().amax(dim=-1).view(-1, clusters.size).amax(dim=-1) > 0
         if changed[:place].any() or not changed[place:].all():
             at_fault.append(place)
@@ -130,8 +131,8 @@ def check_zero_stages(device: torch.device) -> dict[str, Any]:
     losses = []
     for stage in range(4):
         torch.manual_seed(0)
-        model = ARVideo(ModelConfig(**SMALL), SMALL_DECODER)
-        batch = ClipBatch(*inputs(model, 2), weights=torch.ones(2))
+        model = ARVideo(SMALL, SMALL_DECODER)
+        batch = ClipBatch(*inputs(SMALL, 2), weights=torch.ones(2))
         train = TrainConfig(zero_stage=stage, micro_batch=2, global_batch=2, precision="bf16")
         engine = Engine(model, train, OptimConfig(), device, accumulation_steps=1)
         series = []
@@ -150,7 +151,7 @@ def measure_step(device: torch.device, micro_batch: int = 32, steps: int = 20) -
     config, decoder = ModelConfig(), DecoderConfig()
     model = ARVideo(config, decoder).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
-    batch = move(inputs(model, micro_batch), device)
+    batch = move(inputs(config, micro_batch), device)
 
     def step() -> None:
         with torch.autocast(device.type, torch.bfloat16):

@@ -55,6 +55,11 @@ def test_defaults_are_the_papers_kinetics_recipe() -> None:
         (["--train.steps", "many"], {}, "train.steps: Input should be a valid integer"),
         (["--train.zero_stage", "4"], {}, "train.zero_stage: Input should be less than or equal to 3"),
         (["--model.min_context_clusters", "16"], {}, "leaves nothing to predict"),
+        (
+            ["--decoder.self_attention", "true", "--decoder.target_ratio", "0.2"],
+            {},
+            "decoder: target_ratio 0.2 is refused together with self_attention",
+        ),
         (["--config", "/nowhere/run.yaml"], {}, "/nowhere/run.yaml: No such file"),
     ],
 )

@@ -12,8 +12,6 @@ from typing import Any
 
 import torch
 
-from arvideo_dist.storage import Storage
-
 
 def environment() -> dict[str, Any]:
     """Where and with what a measurement was taken."""
@@ -31,8 +29,10 @@ def environment() -> dict[str, Any]:
 
 def write_json(path: Path, result: dict[str, Any]) -> None:
     """Write `result` to `path`, whole or not at all."""
-    data = json.dumps(result, indent=2) + "\n"
-    Storage(str(path.absolute().parent)).write_bytes(path.name, data.encode())
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.partial")
+    aside.write_text(json.dumps(result, indent=2) + "\n")
+    os.replace(aside, path)
 
 
 def _commit() -> str | None:

@@ -11,6 +11,7 @@ the decoder's memory: copy what is to be kept.
 from __future__ import annotations
 
 import io
+from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -21,7 +22,12 @@ import numpy as np
 from av.video.reformatter import VideoReformatter
 from numpy.typing import NDArray
 
+from arvideo_dist.data.mp4 import read_table
+
 _SLICE_IDR = 5  # H.264 NAL unit types 1 to 5 are slices
+_KEPT_CONTEXTS = 16  # of some 4 MB
+# Decoders by their configuration: files of one size and encoding share it, and with it the decoder's buffers.
+_contexts: OrderedDict[bytes, av.VideoCodecContext] = OrderedDict()
 _reformatter = VideoReformatter()  # keeps its scaler between frames; a fresh one costs more than converting
 
 
@@ -40,18 +46,20 @@ class Planes(NamedTuple):
 def decode_rgb(video: bytes, indices: NDArray[np.int64]) -> list[NDArray[np.uint8]]:
     """Frames `indices` of the file `video` as RGB uint8 [H, W, 3]. Raises BadSample."""
     with _reasons():
-        with _opened(video) as (container, stream):
-            packets = _select_packets(container, stream, indices)
-            if packets is not None:
-                return [_rgb(frame) for frame in _decode(stream, *packets)]
-        return decode_with_decord(video, indices)
+        selection = select_packets(video, indices)
+        if selection is None:
+            with _opened(video):  # decord leaks memory for each file that it cannot open
+                pass
+            return decode_with_decord(video, indices)
+        return [_rgb(frame) for frame in _decode(selection, indices)]
 
 
 def decode_planes(video: bytes, indices: NDArray[np.int64]) -> list[Planes]:
     """Frames `indices` of the file `video` as planes, without colour conversion. Raises BadSample."""
-    with _reasons(), _opened(video) as (container, stream):
-        packets = _select_packets(container, stream, indices) or _all_packets(container, stream, indices)
-        return [_planes(frame) for frame in _decode(stream, *packets)]
+    with _reasons():
+        selection = select_packets(video, indices)
+        frames = _decode_all(video, indices) if selection is None else _decode(selection, indices)
+        return [_planes(frame) for frame in frames]
 
 
 @contextmanager
@@ -66,60 +74,49 @@ def _reasons() -> Iterator[None]:
         raise BadSample(f"decode: {type(error).__name__}: {reason[0] if reason else ''}") from error
 
 
-@contextmanager
-def _opened(video: bytes) -> Iterator[tuple[av.container.InputContainer, av.VideoStream]]:
-    with av.open(io.BytesIO(video), mode="r") as container:
-        if not container.streams.video:
-            raise BadSample("decode: no video stream")
-        stream = container.streams.video[0]
-        stream.codec_context.thread_count = 1  # the loader's processes are the parallelism
-        yield container, stream
+class Selection(NamedTuple):
+    """The packets that some frames need, in decoding order; each one's time stamp is its frame's number."""
+
+    header: bytes  # avcC
+    packets: list[av.Packet]
 
 
-def _select_packets(
-    container: av.container.InputContainer, stream: av.VideoStream, indices: NDArray[np.int64]
-) -> tuple[list[av.Packet], list[int]] | None:
-    """The packets that the wanted frames need, in decoding order, and the frames' time stamps.
+def select_packets(video: bytes, indices: NDArray[np.int64]) -> Selection | None:
+    """The packets that frames `indices` need; BadSample where the file has fewer frames.
 
-    None where the file is not of the kind: H.264 in mp4 with closed groups of pictures and with droppable
-    pictures. Closed groups are independent, and frame numbers run through them one group after the other in
-    decoding and in display order alike, so the container's index tells where frame i is.
+    None where the file is not of the kind: H.264 in plain mp4 with closed groups of pictures. Such groups are
+    independent, and frame numbers run through them one group after the other in decoding and in display order
+    alike, so only the groups that hold a wanted frame are looked at.
     """
-    header = stream.codec_context.extradata
-    if stream.codec_context.name != "h264" or not header or header[0] != 1 or stream.start_time is None:
+    table = read_table(video)
+    if table is None:
         return None
-    entries = stream.index_entries
-    keys = np.array([i for i, entry in enumerate(entries) if entry.is_keyframe] + [len(entries)])
-    _check_range(indices, len(entries))
-    groups = np.searchsorted(keys, indices[[0, -1]], side="right") - 1
-    first, last = int(keys[groups[0]]), int(keys[groups[1] + 1])
-    # Seeking goes by display time; the index holds decoding times, earlier by the reordering delay.
-    container.seek(entries[first].timestamp - entries[0].timestamp + stream.start_time, stream=stream)
-    packets: list[av.Packet] = []
-    for packet in container.demux(stream):
-        if packets or packet.dts == entries[first].timestamp:
-            packets.append(packet)
-            if len(packets) == last - first:
-                break
-    if len(packets) != last - first or any(packet.pts is None or not packet.size for packet in packets):
-        return None
-    slices = [_first_slice(memoryview(packet), (header[4] & 3) + 1) for packet in packets]
-    starts = set((keys[groups[0] : groups[1] + 1] - first).tolist())
-    droppable = [ref_idc == 0 for _, ref_idc in slices]
-    if any(slices[i][0] != _SLICE_IDR for i in starts) or not any(droppable):
-        return None
-    shown = np.argsort([packet.pts or 0 for packet in packets]).tolist()
-    wanted = {shown[index - first] for index in indices.tolist()}
-    needed, ahead = [], False
-    for i in reversed(range(len(packets))):  # of each group: nothing after its last wanted packet
-        ahead = ahead or i in wanted
-        if i in wanted or (ahead and not droppable[i]):
-            needed.append(packets[i])
-        ahead = ahead and i not in starts
-    return needed[::-1], [packets[shown[index - first]].pts or 0 for index in indices.tolist()]
+    _check_range(indices, len(table.sizes))
+    ends = np.append(table.keys[1:], len(table.sizes))
+    length_bytes = (table.header[4] & 3) + 1
+    needed: list[av.Packet] = []
+    for group in np.unique(np.searchsorted(table.keys, indices, side="right") - 1).tolist():
+        first, end = int(table.keys[group]), int(ends[group])
+        shown = table.shown[first:end]
+        if shown.min() != first or shown.max() != end - 1:
+            return None
+        wanted = np.isin(shown, indices)
+        for i in range(
+            first, first + int(np.flatnonzero(wanted)[-1]) + 1
+        ):  # nothing after the last wanted one
+            offset = int(table.offsets[i])
+            picture = video[offset : offset + int(table.sizes[i])]
+            kind, reference = _first_slice(picture, length_bytes)
+            if i == first and kind != _SLICE_IDR:
+                return None
+            if reference or wanted[i - first]:
+                packet = av.Packet(picture)
+                packet.pts = int(shown[i - first])
+                needed.append(packet)
+    return Selection(table.header, needed)
 
 
-def _first_slice(data: memoryview, length_bytes: int) -> tuple[int, int]:
+def _first_slice(data: bytes, length_bytes: int) -> tuple[int, int]:
     """NAL unit type and nal_ref_idc of a picture's first slice; nal_ref_idc 0: nothing refers to it."""
     at = 0
     while at + length_bytes < len(data):
@@ -130,27 +127,51 @@ def _first_slice(data: memoryview, length_bytes: int) -> tuple[int, int]:
     raise BadSample("decode: a packet without a picture")
 
 
-def _all_packets(
-    container: av.container.InputContainer, stream: av.VideoStream, indices: NDArray[np.int64]
-) -> tuple[list[av.Packet], list[int]]:
-    container.seek(0)
-    packets = [packet for packet in container.demux(stream) if packet.size]
-    times = sorted(packet.pts for packet in packets if packet.pts is not None)
-    _check_range(indices, len(times))
-    return packets, [times[index] for index in indices.tolist()]
-
-
-def _decode(stream: av.VideoStream, packets: list[av.Packet], times: list[int]) -> list[av.VideoFrame]:
-    """The frames with time stamps `times`, from decoding `packets`."""
-    frames: dict[int, av.VideoFrame | None] = dict.fromkeys(times)
-    context = stream.codec_context
-    for packet in [*packets, None]:  # None: what the decoder holds back
+def _decode(selection: Selection, indices: NDArray[np.int64]) -> list[av.VideoFrame]:
+    context = _contexts.pop(selection.header, None)
+    if context is None:
+        context = av.CodecContext.create("h264", "r")
+        context.extradata = selection.header
+        context.thread_count = 1  # the loader's processes are the parallelism
+    frames: dict[int, av.VideoFrame | None] = dict.fromkeys(indices.tolist())
+    for packet in [*selection.packets, None]:  # None: what the decoder holds back
         for frame in context.decode(packet):
             if frame.pts in frames:
                 frames[frame.pts] = frame
-    found = [frame for frame in frames.values() if frame is not None]
-    if len(found) != len(times):
-        raise BadSample(f"decode: {len(times) - len(found)} of {len(times)} frames are missing")
+    context.flush_buffers()
+    _contexts[selection.header] = context  # now the newest; one that raised does not come back
+    if len(_contexts) > _KEPT_CONTEXTS:
+        _contexts.popitem(last=False)
+    return _complete(list(frames.values()))
+
+
+@contextmanager
+def _opened(video: bytes) -> Iterator[av.container.InputContainer]:
+    with av.open(io.BytesIO(video), mode="r") as container:
+        if not container.streams.video:
+            raise BadSample("decode: no video stream")
+        yield container
+
+
+def _decode_all(video: bytes, indices: NDArray[np.int64]) -> list[av.VideoFrame]:
+    """Through libavformat, every picture up to the last one wanted."""
+    with _opened(video) as container:
+        stream = container.streams.video[0]
+        stream.codec_context.thread_count = 1
+        wanted = set(indices.tolist())
+        frames: list[av.VideoFrame | None] = []
+        for number, frame in enumerate(container.decode(stream)):
+            if number in wanted:
+                frames.append(frame)
+                if len(frames) == len(wanted):
+                    return _complete(frames)
+    raise BadSample(f"decode: {len(wanted) - len(frames)} of {len(wanted)} frames are missing")
+
+
+def _complete(frames: list[av.VideoFrame | None]) -> list[av.VideoFrame]:
+    found = [frame for frame in frames if frame is not None]
+    if len(found) != len(frames):
+        raise BadSample(f"decode: {len(frames) - len(found)} of {len(frames)} frames are missing")
     if any(frame.is_corrupt for frame in found):
         raise BadSample("decode: corrupt frames")
     return found

@@ -90,7 +90,7 @@ class BadRecord:
 class Batch:
     """One micro batch of one rank. Where weight is 0 (padding, bad sample) the clip is all zeros."""
 
-    clips: torch.Tensor  # uint8 [B, 3, T, S, S]; empty until `to` where there are planes
+    clips: torch.Tensor  # uint8 [B, 3, T, S, S], strided as [B, T, S, S, 3]; empty until `to` with planes
     context_ids: torch.Tensor  # int64 [B, N], tokens the encoder sees, in prediction order
     target_ids: torch.Tensor  # int64 [B, M], tokens to predict, in prediction order
     weights: torch.Tensor  # float32 [B], 1 or 0
@@ -200,7 +200,9 @@ class ClipSamples:
         planes = self.empty_planes(len(places), visits) if self.options.device_transforms else None
         clips = torch.zeros(0, dtype=torch.uint8)
         if planes is None:
-            clips = shared_zeros(len(places), 3, self.clip_frames, self.image_size, self.image_size)
+            # In memory as decoders give pictures, colours last: a transposition would cost a tenth of decoding.
+            clips = shared_zeros(len(places), self.clip_frames, self.image_size, self.image_size, 3)
+            clips = clips.permute(0, 4, 1, 2, 3)
         weights = torch.zeros(len(places))
         bad = []
         fetches = read_ahead([(self.readers[visit.located.source], visit.row) for visit in visits])

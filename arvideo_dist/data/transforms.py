@@ -88,7 +88,10 @@ def center_crop(height: int, width: int) -> Crop:
 
 
 def crop_and_resize(frames: Sequence[NDArray[np.uint8]], crop: Crop, size: int) -> torch.Tensor:
-    """T frames uint8 [H, W, 3] -> uint8 [3, T, size, size]: the crop, antialiased bilinear."""
+    """T frames uint8 [H, W, 3] -> uint8 [3, T, size, size]: the crop, antialiased bilinear.
+
+    In memory the three colours of a pixel stay together: a view of [T, size, size, 3].
+    """
     rows, columns = slice(crop.top, crop.top + crop.height), slice(crop.left, crop.left + crop.width)
     pixels_tchw = torch.from_numpy(np.stack([frame[rows, columns] for frame in frames])).permute(0, 3, 1, 2)
     if (crop.height, crop.width) != (size, size):

@@ -16,6 +16,7 @@ from arvideo_dist.model.clusters import Clusters
 from arvideo_dist.model.vit import (
     ENCODER_SIZES,
     NORM_EPS,
+    Attention,
     CrossAttention,
     Encoder,
     Mlp,
@@ -37,16 +38,31 @@ class Output(NamedTuple):
 
 
 class DecoderBlock(nn.Module):
-    """Cross-attention to earlier clusters, then an MLP; queries do not see each other (paper 3.3.3)."""
+    """Cross-attention to earlier clusters, then an MLP (paper 3.3.3).
 
-    def __init__(self, width: int, heads: int) -> None:
+    Queries do not see each other, unless `self_attention` puts a masked self-attention first (Table 9).
+    """
+
+    def __init__(self, width: int, heads: int, self_attention: bool) -> None:
         super().__init__()
+        if self_attention:
+            self.norm0 = nn.LayerNorm(width, eps=NORM_EPS)
+            self.self_attn = Attention(width, heads)
+        self.self_attention = self_attention
         self.norm1 = nn.LayerNorm(width, eps=NORM_EPS)
         self.cross_attn = CrossAttention(width, heads)
         self.norm2 = nn.LayerNorm(width, eps=NORM_EPS)
         self.mlp = Mlp(width)
 
-    def forward(self, x_bmd: torch.Tensor, context_bnd: torch.Tensor, mask_mn: torch.Tensor) -> torch.Tensor:
+    def forward(
+        self,
+        x_bmd: torch.Tensor,
+        context_bnd: torch.Tensor,
+        mask_mn: torch.Tensor,
+        query_mask_mm: torch.Tensor | None,
+    ) -> torch.Tensor:
+        if self.self_attention:
+            x_bmd = x_bmd + self.self_attn(self.norm0(x_bmd), query_mask_mm)
         x_bmd = x_bmd + self.cross_attn(self.norm1(x_bmd), context_bnd, mask_mn)
         return x_bmd + self.mlp(self.norm2(x_bmd))
 
@@ -60,7 +76,8 @@ class Decoder(nn.Module):
         # One learned vector; 1-D, so that the optimiser's rule for weight decay leaves it alone.
         self.query_token = nn.Parameter(torch.empty(config.width))
         self.blocks = nn.ModuleList(
-            DecoderBlock(config.width, config.width // config.head_width) for _ in range(config.depth)
+            DecoderBlock(config.width, config.width // config.head_width, config.self_attention)
+            for _ in range(config.depth)
         )
         self.norm = nn.LayerNorm(config.width, eps=NORM_EPS)
         self.head = nn.Linear(config.width, cube_values)
@@ -73,12 +90,13 @@ class Decoder(nn.Module):
         context_ids_bn: torch.Tensor,
         target_ids_bm: torch.Tensor,
         mask_mn: torch.Tensor,
+        query_mask_mm: torch.Tensor | None,
     ) -> torch.Tensor:
-        """Predicted cubes [B, M, P] for grid positions `target_ids_bm`."""
+        """Predicted cubes [B, M, P] for grid positions `target_ids_bm`; `query_mask_mm`: for self-attention."""
         context_bnd = self.embed(features_bnd) + gather_tokens(self.positions, context_ids_bn)
         x_bmd = self.query_token + gather_tokens(self.positions, target_ids_bm)
         for block in self.blocks:
-            x_bmd = block(x_bmd, context_bnd, mask_mn)
+            x_bmd = block(x_bmd, context_bnd, mask_mn, query_mask_mm)
         return self.head(self.norm(x_bmd))
 
 
@@ -89,7 +107,7 @@ class ARVideo(nn.Module):
         super().__init__()
         self.tubelet = config.tubelet
         self.target_norm = config.target_norm
-        self.clusters = make_clusters(config)
+        self.clusters = make_clusters(config, decoder)
         tokens = math.prod(config.token_grid)
         size = ENCODER_SIZES[config.encoder]
         self.encoder = Encoder(size, config.tubelet, tokens)
@@ -99,6 +117,7 @@ class ARVideo(nn.Module):
         constants = {
             "encoder_mask": self.clusters.encoder_mask(),
             "decoder_mask": self.clusters.decoder_mask(),
+            "query_mask": self.clusters.query_mask() if decoder.self_attention else None,
             "pixel_mean": torch.tensor(IMAGENET_MEAN),
             "pixel_std": torch.tensor(IMAGENET_STD),
         }
@@ -106,6 +125,7 @@ class ARVideo(nn.Module):
             self.register_buffer(name, value, persistent=False)
         self.encoder_mask: torch.Tensor
         self.decoder_mask: torch.Tensor
+        self.query_mask: torch.Tensor | None
         self.pixel_mean: torch.Tensor
         self.pixel_std: torch.Tensor
 
@@ -127,7 +147,9 @@ class ARVideo(nn.Module):
         features_bnd = self.encoder(
             self._normalise(gather_tokens(seen_blp, context_ids_bn)), context_ids_bn, self.encoder_mask
         )
-        predictions_bmp = self.decoder(features_bnd, context_ids_bn, target_ids_bm, self.decoder_mask)
+        predictions_bmp = self.decoder(
+            features_bnd, context_ids_bn, target_ids_bm, self.decoder_mask, self.query_mask
+        )
         targets_bmp = cube_targets(gather_tokens(cubes_blp, target_ids_bm), self.target_norm)
         loss_b = (predictions_bmp.float() - targets_bmp).square().mean(dim=(1, 2))
         return Output(loss_b, predictions_bmp, targets_bmp)
@@ -137,10 +159,15 @@ class ARVideo(nn.Module):
         return ((pixels - self.pixel_mean) / self.pixel_std).flatten(-2)
 
 
-def make_clusters(config: ModelConfig) -> Clusters:
-    """The clusters and prediction order that a model configuration asks for."""
+def make_clusters(model: ModelConfig, decoder: DecoderConfig) -> Clusters:
+    """The clusters, prediction order and queries that a configuration asks for."""
     return Clusters(
-        config.token_grid, config.cluster, config.order, config.mask_ratio, config.min_context_clusters
+        model.token_grid,
+        model.cluster,
+        model.order,
+        model.mask_ratio,
+        model.min_context_clusters,
+        decoder.target_ratio,
     )
 
 

@@ -6,8 +6,8 @@ Everything is laid out in *prediction order*: position 0 holds the cluster that 
 tokens, position embeddings and targets are gathered by ids drawn per sample, while the masks are the same
 static matrices for every sample.
 
-Letters: K clusters, n tokens of a cluster, k kept tokens of a cluster, c = min_context_clusters,
-N = (K - 1) k encoder tokens, M = (K - c) n decoder queries.
+Letters: K clusters, n tokens of a cluster, k kept tokens of a cluster, q queried tokens of a cluster,
+c = min_context_clusters, N = (K - 1) k encoder tokens, M = (K - c) q decoder queries.
 """
 
 from __future__ import annotations
@@ -31,11 +31,13 @@ class Clusters:
         order: Order = "random",
         mask_ratio: float = 0.8,
         min_context_clusters: int = 1,
+        target_ratio: float = 1.0,
     ) -> None:
         """`token_grid`: tokens along time, height, width; `cluster`: K_T, K_H, K_W tokens, must divide it.
 
         `mask_ratio`: share of each cluster's tokens that the encoder does not see. `min_context_clusters`:
-        how many clusters the first prediction sees.
+        how many clusters the first prediction sees. `target_ratio`: share of each predicted cluster's tokens
+        that are queried, at least one.
         """
         per_axis = [size // k for size, k in zip(token_grid, cluster, strict=True)]
         assert all(size == count * k for size, count, k in zip(token_grid, per_axis, cluster, strict=True)), (
@@ -45,6 +47,7 @@ class Clusters:
         self.count = math.prod(per_axis)
         self.size = math.prod(cluster)
         self.kept = self.size - int(mask_ratio * self.size)
+        self.queried = max(1, round(target_ratio * self.size))
         self.min_context = min_context_clusters
         assert 1 <= min_context_clusters < self.count
 
@@ -65,8 +68,8 @@ class Clusters:
 
     @property
     def decoder_queries(self) -> int:
-        """M: all tokens of the clusters that are predicted."""
-        return (self.count - self.min_context) * self.size
+        """M: queried tokens of the clusters that are predicted."""
+        return (self.count - self.min_context) * self.queried
 
     def draw_order(self, rng: np.random.Generator) -> np.ndarray:
         """Cluster ids [K] in prediction order: a fresh uniform permutation, or the fixed order (3.3.2)."""
@@ -75,12 +78,16 @@ class Clusters:
     def draw_sequence(self, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         """One sample's token ids in prediction order: seen by the encoder [N], to be predicted [M] (int64).
 
-        The kept tokens of each cluster are a uniform subset of `self.kept` of its tokens.
+        The kept tokens of each cluster are a uniform subset of `self.kept` of its tokens, its queried ones an
+        independent uniform subset of `self.queried`: so the mean over queries estimates the mean over all of
+        the cluster's tokens without bias.
         """
         ordered_kn = self.members_kn[self.draw_order(rng)]
-        seen_kn = np.sort(rng.random(ordered_kn[:-1].shape).argsort(axis=1)[:, : self.kept], axis=1)
-        context_ids = np.take_along_axis(ordered_kn[:-1], seen_kn, axis=1)
-        return context_ids.reshape(-1), ordered_kn[self.min_context :].reshape(-1)
+        context_ids = _draw_subset(rng, ordered_kn[:-1], self.kept)
+        target_ids = ordered_kn[self.min_context :]
+        if self.queried < self.size:
+            target_ids = _draw_subset(rng, target_ids, self.queried)
+        return context_ids.reshape(-1), target_ids.reshape(-1)
 
     def encoder_mask(self) -> torch.Tensor:
         """Bool [N, N], true where row may attend to column: own cluster (both ways) and earlier ones."""
@@ -89,6 +96,20 @@ class Clusters:
 
     def decoder_mask(self) -> torch.Tensor:
         """Bool [M, N], true where query may attend to encoder token: clusters before its own only."""
-        query_place_m = torch.arange(self.min_context, self.count).repeat_interleave(self.size)
         token_place_n = torch.arange(self.count - 1).repeat_interleave(self.kept)
-        return query_place_m[:, None] > token_place_n[None, :]
+        return self._query_places()[:, None] > token_place_n[None, :]
+
+    def query_mask(self) -> torch.Tensor:
+        """Bool [M, M], true where row may attend to column in the decoder's self-attention: queries of its
+        own cluster (both ways) and of earlier ones."""
+        place_m = self._query_places()
+        return place_m[:, None] >= place_m[None, :]
+
+    def _query_places(self) -> torch.Tensor:
+        return torch.arange(self.min_context, self.count).repeat_interleave(self.queried)
+
+
+def _draw_subset(rng: np.random.Generator, rows_kn: np.ndarray, number: int) -> np.ndarray:
+    """A uniform subset of `number` entries of each row, in the row's order."""
+    chosen = np.sort(rng.random(rows_kn.shape).argsort(axis=1)[:, :number], axis=1)
+    return np.take_along_axis(rows_kn, chosen, axis=1)

@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import safe_open
 from safetensors.torch import save_file
 
@@ -30,6 +30,7 @@ from arvideo_dist.data.index import FileEntry
 from arvideo_dist.storage import Storage
 from arvideo_dist.train import zero_state
 from arvideo_dist.train.engine import Engine
+from arvideo_dist.train.stop import RunStoppedError
 
 FOLDER = "checkpoints"
 MANIFEST = "manifest.json"
@@ -85,7 +86,7 @@ def save_checkpoint(
     rank, world_size = dist.get_rank(), dist.get_world_size()
     part = f"part-{rank:05d}-of-{world_size:05d}.safetensors"
     if rank == 0:
-        run.delete(folder)  # what a killed save left, if anything
+        _discard(run, name)  # what a killed save left or damage made useless, if anything
     dist.barrier(control)
     try:
         result: Any = _write_part(run, folder, part, engine)
@@ -151,9 +152,13 @@ def _retain(run: Storage, keep_last: int) -> None:
         superseded = name in complete[:-keep_last]
         leftover = name not in complete and name < newest
         if superseded or leftover:
-            # The manifest goes first, so that a half deleted folder is not taken for a checkpoint.
-            run.delete(f"{FOLDER}/{name}/{MANIFEST}")
-            run.delete(f"{FOLDER}/{name}")
+            _discard(run, name)
+
+
+def _discard(run: Storage, name: str) -> None:
+    # The manifest goes first, so that a half deleted folder is not taken for a checkpoint.
+    run.delete(f"{FOLDER}/{name}/{MANIFEST}")
+    run.delete(f"{FOLDER}/{name}")
 
 
 class Checkpoint:
@@ -234,6 +239,36 @@ class Checkpoint:
                 local = self._run.local_copy(f"{self._folder}/{part.name}", Path(scratch))
                 files[part.name] = safe_open(local, framework="pt")
             yield files
+
+
+def open_newest_whole(run: Storage, control: dist.ProcessGroup) -> Checkpoint | None:
+    """Collective: the newest checkpoint whose content is what its manifest says, the same on all ranks.
+
+    The ranks verify the parts in turn. A damaged checkpoint is named and the one before it is tried. None
+    where the run has no checkpoint yet; RunStoppedError where it has some and all are damaged.
+    """
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    listed = [complete_checkpoints(run) if rank == 0 else []]
+    dist.broadcast_object_list(listed, src=0, group=control)
+    for name in reversed(listed[0]):
+        fault = None
+        try:
+            found = Checkpoint(run, name)
+            found.verify(found.manifest.parts[rank::world_size])
+        except (CheckpointError, ValidationError, FileNotFoundError) as error:
+            fault = str(error)
+        faults: list[str | None] = [None] * world_size
+        dist.all_gather_object(faults, fault, group=control)
+        if not any(faults):
+            return found
+        if rank == 0:
+            print(f"not used, the one before it is tried: {next(filter(None, faults))}", flush=True)
+    if listed[0]:
+        raise RunStoppedError(
+            f"all checkpoints in {run.uri}/{FOLDER} are damaged ({', '.join(listed[0])}): restore one from a "
+            "copy, or set another run.name to begin anew"
+        )
+    return None
 
 
 def versions() -> dict[str, str]:

@@ -9,15 +9,17 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
 from arvideo_dist.config import OptimConfig, TrainConfig
-from arvideo_dist.data.loader import Batch
 from arvideo_dist.model.arvideo import Output
+
+if TYPE_CHECKING:  # the loader wants packages that a bare GPU machine does not have (benchmarks/gpu_check.py)
+    from arvideo_dist.data.loader import Batch
 
 
 def resolve_precision(train: TrainConfig, device: torch.device) -> str:
@@ -114,13 +116,8 @@ class Engine:
         return torch.nn.utils.get_total_norm(grads)
 
     def forward(self, batch: Batch, context_clips: torch.Tensor | None = None) -> Output:
-        """The model on one micro batch; `context_clips` as in `ARVideo.forward`."""
-
-        def move(tensor: torch.Tensor) -> torch.Tensor:
-            return tensor.to(self.device, non_blocking=True)
-
-        seen = None if context_clips is None else move(context_clips)
-        return self._deepspeed(move(batch.clips), move(batch.context_ids), move(batch.target_ids), seen)
+        """The model on one micro batch on the device; `context_clips` as in `ARVideo.forward`."""
+        return self._deepspeed(batch.clips, batch.context_ids, batch.target_ids, context_clips)
 
     def set_training(self, training: bool) -> None:
         self._deepspeed.train(training)

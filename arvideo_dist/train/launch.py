@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import math
 import os
 import warnings
 from dataclasses import asdict, dataclass
@@ -56,7 +57,20 @@ def with_absolute_paths(config: RunConfig) -> RunConfig:
         other.model_copy(update={"path": Storage(other.path).uri}) for other in config.data.mixture
     )
     data = config.data.model_copy(update={"path": path, "mixture": mixture})
-    return config.model_copy(update={"run": run, "data": data})
+    model = config.model
+    if model.init_from is not None:
+        model = model.model_copy(update={"init_from": Storage(model.init_from).uri})
+    return config.model_copy(update={"run": run, "data": data, "model": model})
+
+
+def check_initial_weights(config: RunConfig) -> None:
+    """Read `model.init_from` once, so that weights of another encoder stop the command and not the workers."""
+    if config.model.init_from is not None:
+        from arvideo_dist.interchange import load_initial_encoder
+        from arvideo_dist.model.vit import ENCODER_SIZES, Encoder
+
+        size, tokens = ENCODER_SIZES[config.model.encoder], math.prod(config.model.token_grid)
+        load_initial_encoder(Encoder(size, config.model.tubelet, tokens), config.model.init_from)
 
 
 def check_resume(config: RunConfig) -> None:
@@ -111,6 +125,7 @@ def _fit(config: RunConfig, derived: Derived, uri: str, run_id: str, run: Storag
     _connect(config)
     try:
         use_gpu = _use_gpu(config, ray.cluster_resources())
+        _say_if_too_small(config, ray.cluster_resources(), use_gpu)
         trainer = TorchTrainer(
             _worker,
             train_loop_config={
@@ -161,6 +176,19 @@ def _use_gpu(config: RunConfig, resources: dict[str, float]) -> bool:
     if config.cluster.device != "auto":
         return config.cluster.device == "cuda"
     return resources.get("GPU", 0) > 0
+
+
+def _say_if_too_small(config: RunConfig, resources: dict[str, float], use_gpu: bool) -> None:
+    """Ray waits for nodes without a word; an autoscaler may be about to add them, so it is no error."""
+    wanted = {"GPU": config.cluster.workers} if use_gpu else {}
+    wanted["CPU"] = config.cluster.workers * config.cluster.cpus_per_worker
+    for kind, number in wanted.items():
+        if resources.get(kind, 0) < number:
+            print(
+                f"the cluster has {resources.get(kind, 0):g} {kind}s now, the run wants {number}: it waits until "
+                "nodes join; where no autoscaler adds them, lower cluster.workers or cluster.cpus_per_worker",
+                flush=True,
+            )
 
 
 def _worker(payload: dict[str, Any]) -> None:

@@ -21,6 +21,7 @@ from arvideo_dist.config import RunConfig
 from arvideo_dist.data.index import load_manifest
 from arvideo_dist.data.loader import ClipLoader, ClipSource
 from arvideo_dist.derived import Derived
+from arvideo_dist.interchange import load_initial_encoder
 from arvideo_dist.model.arvideo import ARVideo
 from arvideo_dist.storage import Storage
 from arvideo_dist.tracking import Tracker
@@ -60,15 +61,18 @@ def train(task: Task, device: torch.device, control: dist.ProcessGroup) -> None:
     torch.manual_seed(config.run.seed)
     model = ARVideo(config.model, config.decoder)
     sequence = model.clusters.draw_sequence
-    start = _open_latest(run, control)
+    start = checkpoints.open_newest_whole(run, control)
+    origin = "random weights"
     if start is not None:
         start.load_weights(model)
+    elif config.model.init_from is not None:
+        origin = load_initial_encoder(model.encoder, config.model.init_from)
     engine = Engine(model, config.train, config.optim, device, derived.accumulation_steps)
     if start is not None:
         start.load_optimizer(engine)
     position = start.state["position"] if start is not None else 0
     step = position // global_batch
-    _say(rank, f"continues from {start}, step {step}" if start else "starts from random weights")
+    _say(rank, f"continues from {start}, step {step}" if start else f"starts from {origin}")
 
     data = Storage(_data_path(config))
     make_loader = functools.partial(
@@ -113,8 +117,6 @@ def train(task: Task, device: torch.device, control: dist.ProcessGroup) -> None:
         return result.metrics
 
     def save() -> None:
-        if checkpoints.checkpoint_name(step) in checkpoints.complete_checkpoints(run):
-            return
         state: dict[str, Any] = {
             "position": position,
             "step": step,
@@ -180,18 +182,6 @@ def train(task: Task, device: torch.device, control: dist.ProcessGroup) -> None:
         metrics |= validation()
     if rank == 0:
         run.write_bytes(RESULT, json.dumps(metrics, indent=1).encode())
-
-
-def _open_latest(run: Storage, control: dist.ProcessGroup) -> checkpoints.Checkpoint | None:
-    """The newest complete checkpoint, the same on all ranks, its parts verified by the ranks in turn."""
-    found = [checkpoints.complete_checkpoints(run)[-1:] if dist.get_rank() == 0 else None]
-    dist.broadcast_object_list(found, src=0, group=control)
-    if not found[0]:
-        return None
-    start = checkpoints.Checkpoint(run, found[0][0])
-    start.verify(start.manifest.parts[dist.get_rank() :: dist.get_world_size()])
-    dist.barrier(control)
-    return start
 
 
 def _data_path(config: RunConfig) -> str:

@@ -36,7 +36,7 @@ def validate(
     sums: torch.Tensor | None = None
     picture = None
     with torch.no_grad():
-        for batch in (batch for step in steps for batch in step):
+        for batch in (host_batch.to(engine.device) for step in steps for host_batch in step):
             output = engine.forward(batch)
             partners, paired = _partners(batch.weights)
             other = engine.forward(batch, context_clips=batch.clips[partners])
@@ -67,9 +67,9 @@ def validate(
 
 def _partners(weights_b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """For each clip another usable clip of the micro batch [B], and whether it has one (bool [B])."""
-    partners = torch.arange(len(weights_b))
+    partners = torch.arange(len(weights_b), device=weights_b.device)
     usable = weights_b.nonzero().flatten()
-    paired = torch.zeros(len(weights_b), dtype=torch.bool)
+    paired = torch.zeros(len(weights_b), dtype=torch.bool, device=weights_b.device)
     if len(usable) > 1:
         partners[usable] = usable.roll(1)
         paired[usable] = True
@@ -85,16 +85,16 @@ def _batch_sums(
 ) -> torch.Tensor:
     """Host float64 vector: loss, weight, loss with another context, pairs, targets, then per cube value the
     sum and the sum of squares of the targets."""
-    weights_b = batch.weights.double()
-    usable_tp = targets_bmp[batch.weights.to(targets_bmp.device) > 0].flatten(0, 1)
+    weights_b = batch.weights.double().cpu()
+    usable_tp = targets_bmp[batch.weights > 0].flatten(0, 1)
     scalars = torch.stack(
         [
             (loss_b.cpu() * weights_b).sum(),
             weights_b.sum(),
-            (other_loss_b.cpu().double() * paired_b).sum(),
-            paired_b.double().sum(),
+            (other_loss_b.cpu().double() * paired_b.cpu()).sum(),
+            paired_b.double().cpu().sum(),
             torch.tensor(float(len(usable_tp)), dtype=torch.float64),
         ]
     )
-    # One cube value at a time would be exact; float32 within a batch and float64 across is close enough.
-    return torch.cat([scalars, usable_tp.sum(0).double().cpu(), usable_tp.square().sum(0).double().cpu()])
+    sums_p = usable_tp.sum(0, dtype=torch.float64), usable_tp.square().sum(0, dtype=torch.float64)
+    return torch.cat([scalars, *(sum_p.cpu() for sum_p in sums_p)])

@@ -11,6 +11,7 @@ import pytest
 from arvideo_dist.data import workers as workers_module
 from arvideo_dist.data.workers import DecodePool, DecodeWorkersError
 from arvideo_dist.storage import Storage
+from tests.data.conftest import FRAMES, encode
 from tests.data.in_workers import Accidents, AlwaysDead, hang_in_a_library, hang_with_the_lock_held, kill_self
 from tests.data.test_loader import batches, make_loader, seen  # noqa: F401  # make_loader is a fixture
 
@@ -90,3 +91,36 @@ def test_ending_the_iteration_ends_the_workers(dataset: Storage, make_loader: Ca
         break
     _, alive = psutil.wait_procs(children(), timeout=20)
     assert not alive
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("device_transforms", [False, True])
+def test_memory_of_a_worker_stays_flat_through_20000_clips(
+    tmp_path: Path,
+    videos: list[bytes],
+    make_dataset: Callable[..., Storage],
+    make_loader: Callable,  # noqa: F811
+    device_transforms: bool,
+) -> None:
+    """Less than 5 % growth over the last 80 %, with both decoders in use and a bad sample among them."""
+    hevc = encode(tmp_path / "hevc.mp4", 40, 1, ("-c:v", "libx265", "-x265-params", "log-level=none"))
+    storage = make_dataset(tmp_path / "data", [*videos, hevc, b"broken"], [*FRAMES, 40, 40])
+    loader = make_loader(
+        storage,
+        workers=1,
+        global_batch=16,
+        micro_batch=16,
+        stop_position=20_000,
+        device_transforms=device_transforms,
+    )
+    resident = []
+    for number, _ in enumerate(loader):
+        if number % 50 == 49:
+            (worker,) = children()
+            resident.append(worker.memory_info().rss)
+    settled = resident[len(resident) // 5 :]
+    print(
+        f"resident MB: first {settled[0] / 1e6:.1f}, last {settled[-1] / 1e6:.1f}, peak {max(settled) / 1e6:.1f}"
+    )
+    assert len(resident) == 25
+    assert max(settled) < 1.05 * settled[0]

@@ -11,8 +11,13 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 from manifest_checks import load_manifests, named
+from mlflow.tracking import MlflowClient
+
+from arvideo_dist.config import RunConfig
+from arvideo_dist.tracking import Tracker, close_run, open_run, tracking_uri
 
 
 def _free_port() -> int:
@@ -78,3 +83,48 @@ def test_foreign_host_is_refused(server: int) -> None:
 
 def test_probes_pass_though_the_kubelet_names_the_pod_by_its_address(server: int) -> None:
     assert _status(server, "/health", "10.1.2.3:5000") == 200
+
+
+def test_run_is_tracked_through_the_server_and_replayed_steps_are_written_once(
+    server: int, tmp_path: Path
+) -> None:
+    config = RunConfig.model_validate(
+        {
+            "run": {"name": "tracked", "storage_path": str(tmp_path)},
+            "tracking": {"uri": f"http://127.0.0.1:{server}"},
+        }
+    )
+    client = MlflowClient(tracking_uri(config))
+    run_id = open_run(config, {"encoder_tokens": 300})
+    first = Tracker(tracking_uri(config), run_id)
+    for step in (1, 2, 3):
+        first.log(step, {"loss/train": 1 / step, "learning_rate": step})
+    first.log_picture("pictures/step-00000003.png", np.zeros((8, 8, 3), dtype=np.uint8))
+    close_run(config, run_id, "FAILED")
+
+    assert open_run(config, {}) == run_id, "a restart continues the same MLflow run"
+    again = Tracker(tracking_uri(config), run_id)
+    for step in (2, 3, 4):
+        again.log(step, {"loss/train": 1 / step, "learning_rate": step})
+    close_run(config, run_id, "FINISHED")
+
+    for metric, value in (("loss/train", lambda step: 1 / step), ("learning_rate", float)):
+        points = sorted((p.step, p.value) for p in client.get_metric_history(run_id, metric))
+        assert points == [(step, value(step)) for step in (1, 2, 3, 4)]
+    run = client.get_run(run_id)
+    assert run.info.status == "FINISHED"
+    assert run.data.params["train.global_batch"] == "2048"
+    assert {a.path for a in client.list_artifacts(run_id)} == {"config.yaml", "derived.json", "pictures"}
+
+
+def test_run_whose_mlflow_run_is_gone_is_refused_with_the_remedy(server: int, tmp_path: Path) -> None:
+    config = RunConfig.model_validate(
+        {
+            "run": {"name": "lost", "storage_path": str(tmp_path)},
+            "tracking": {"uri": f"http://127.0.0.1:{server}"},
+        }
+    )
+    (tmp_path / "lost").mkdir()
+    (tmp_path / "lost" / "run.json").write_text('{"mlflow_run_id": "0123456789abcdef0123456789abcdef"}')
+    with pytest.raises(ValueError, match=r"(?s)not found.*use another run\.name to begin a new one"):
+        open_run(config, {})

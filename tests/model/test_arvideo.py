@@ -21,10 +21,16 @@ ORDERS = ["random", "spatial_first", "temporal_first"]
 DECODER = DecoderConfig(width=64, depth=2)
 
 
-def make(seed: int = 0, **model: object) -> tuple[ARVideo, torch.Tensor, torch.Tensor, torch.Tensor]:
+SELF_ATTENTION = DecoderConfig(width=64, depth=2, self_attention=True)
+SUBSAMPLED = DecoderConfig(width=64, depth=2, target_ratio=0.4)
+
+
+def make(
+    seed: int = 0, decoder: DecoderConfig = DECODER, **model: object
+) -> tuple[ARVideo, torch.Tensor, torch.Tensor, torch.Tensor]:
     """A model with every parameter disturbed (so that nothing is zero by initialisation) and two clips."""
     torch.manual_seed(seed)
-    arvideo = ARVideo(ModelConfig(**{"encoder": "demo", **GEOMETRY, **model}), DECODER)
+    arvideo = ARVideo(ModelConfig(**{"encoder": "demo", **GEOMETRY, **model}), decoder)
     with torch.no_grad():
         for parameter in arvideo.parameters():
             parameter.add_(0.02 * torch.randn_like(parameter))
@@ -51,20 +57,39 @@ def test_no_prediction_sees_its_own_cluster_or_a_later_one(
 ) -> None:
     """Other pixels in cluster j change no prediction of clusters up to j in the order, and do change each
     later one (the kept share is 1/2, so some changed tokens are seen)."""
-    arvideo, clips, context_ids, target_ids = make(
-        cluster=shape, order=order, min_context_clusters=min_context, mask_ratio=0.5
+    _check_leaks(
+        *make(cluster=shape, order=order, min_context_clusters=min_context, mask_ratio=0.5), precision="fp32"
     )
-    clusters = arvideo.clusters
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("decoder", [DECODER, SELF_ATTENTION, SUBSAMPLED])
+@pytest.mark.parametrize(
+    ("shape", "order"), [((1, 1, 1), "random"), ((2, 2, 2), "random"), ((1, 4, 4), "spatial_first")]
+)
+def test_no_decoder_leaks_in_either_precision(
+    shape: tuple[int, int, int], order: str, decoder: DecoderConfig, precision: str
+) -> None:
+    """The same with decoder self-attention and with sub-sampled targets, in fp32 and under bf16 autocast."""
+    model = make(decoder=decoder, cluster=shape, order=order, mask_ratio=0.5)
+    _check_leaks(*model, precision=precision)
+
+
+def _check_leaks(
+    arvideo: ARVideo, clips: torch.Tensor, context_ids: torch.Tensor, target_ids: torch.Tensor, precision: str
+) -> None:
+    clusters, min_context = arvideo.clusters, arvideo.clusters.min_context
     in_order = order_of(arvideo, context_ids, target_ids)
-    with torch.no_grad():
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
         before = arvideo(clips, context_ids, target_ids).predictions_bmp[0]
+        assert before.dtype == {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
         places = {0, 1, len(in_order) // 2, len(in_order) - 2, len(in_order) - 1}
         for place in places:
             cubes = to_cubes(clips, arvideo.tubelet)
             cubes[0, torch.from_numpy(clusters.members_kn[in_order[place]])] ^= 0xFF
             changed = from_cubes(cubes, arvideo.tubelet, (8, 32, 32))
             after = arvideo(changed, context_ids, target_ids).predictions_bmp[0]
-            difference = (after - before).abs().amax(dim=-1).view(-1, clusters.size).amax(dim=-1)
+            difference = (after - before).abs().amax(dim=-1).view(-1, clusters.queried).amax(dim=-1)
             up_to = max(place - min_context + 1, 0)
             assert difference[:up_to].eq(0).all(), f"cluster at place {place} leaks"
             assert difference[up_to:].gt(0).all(), f"cluster at place {place} is not used later"
@@ -165,8 +190,62 @@ def _predict_one(arvideo: ARVideo, features: torch.Tensor, context: torch.Tensor
     query = (decoder.query_token + _position(token, width))[None, None]
     everything = torch.ones(1, memory.shape[1], dtype=torch.bool)
     for block in decoder.blocks:
-        query = block(query, memory, everything)
+        query = block(query, memory, everything, None)
     return decoder.head(decoder.norm(query)).flatten()
+
+
+def test_decoder_self_attention_equals_a_reference_with_plain_loops() -> None:
+    """Each cluster's queries are given the queries up to their own cluster and the tokens before it, layer by
+    layer, without any mask."""
+    arvideo, clips, context_ids, target_ids = make(decoder=SELF_ATTENTION, cluster=(2, 2, 4), mask_ratio=0.75)
+    clusters, decoder = arvideo.clusters, arvideo.decoder
+    with torch.no_grad():
+        expected = arvideo(clips, context_ids, target_ids).predictions_bmp[0]
+        features = _features_by_loops(arvideo, clips[0], context_ids[0])
+        positions = decoder.positions[0]
+        memory = (decoder.embed(features) + positions[context_ids[0]])[None]
+        queries = (decoder.query_token + positions[target_ids[0]])[None]
+        for block in decoder.blocks:
+            rows = []
+            for place in range(1, clusters.count):
+                end = place * clusters.size
+                x = queries[:, :end]
+                x = x + block.self_attn(block.norm0(x))
+                x = x[:, -clusters.size :]
+                everything = torch.ones(clusters.size, place * clusters.kept, dtype=torch.bool)
+                x = x + block.cross_attn(block.norm1(x), memory[:, : place * clusters.kept], everything)
+                rows.append(x + block.mlp(block.norm2(x)))
+            queries = torch.cat(rows, dim=1)
+        assert torch.allclose(decoder.head(decoder.norm(queries))[0], expected, atol=1e-5)
+
+
+def test_subsampled_loss_and_gradient_converge_to_the_full_ones() -> None:
+    """With order and context fixed, the mean over 320 draws of the queries is within 5 standard errors of the
+    loss over all tokens; so is the mean gradient along ten random directions."""
+    fixed = {"cluster": (2, 4, 4), "order": "spatial_first", "mask_ratio": 0.0}
+    full, clips, context_ids, target_ids = make(**fixed)
+    part = make(decoder=DecoderConfig(width=64, depth=2, target_ratio=0.1), **fixed)[0]
+    part.load_state_dict(full.state_dict())
+    assert part.clusters.queried == 3
+    directions = [[torch.randn_like(p) for p in full.parameters()] for _ in range(10)]
+
+    def measure(model: ARVideo, count: int, targets: torch.Tensor) -> torch.Tensor:
+        batch = clips[:1].expand(count, -1, -1, -1, -1)
+        loss = model(batch, context_ids[:1].expand(count, -1), targets).loss_b.mean()
+        gradient = torch.autograd.grad(loss, list(model.parameters()))
+        along = [sum((g * d).sum() for g, d in zip(gradient, way, strict=True)) for way in directions]
+        return torch.stack([loss.detach(), *along]).double()
+
+    expected = measure(full, 1, target_ids[:1])
+    rng = np.random.default_rng(1)
+    means = []
+    for _ in range(20):
+        drawn = np.stack([part.clusters.draw_sequence(rng)[1] for _ in range(16)])
+        means.append(measure(part, 16, torch.from_numpy(drawn)))
+    observed = torch.stack(means)
+    standard_error = observed.std(dim=0) / 20**0.5
+    assert ((observed.mean(dim=0) - expected).abs() < 5 * standard_error).all()
+    assert standard_error[0] < 0.02 * expected[0], "precise enough to see a bias"
 
 
 def test_another_clips_context_changes_predictions_and_not_targets() -> None:
@@ -210,14 +289,17 @@ def test_position_table_equals_its_formula() -> None:
         ({"min_context_clusters": 2}, {}),
         ({"encoder": "small", "cluster": (1, 14, 14)}, {"width": 384}),
         ({"encoder": "tiny", "mask_ratio": 0.5}, {"depth": 2}),
+        ({"encoder": "tiny", "cluster": (4, 7, 7)}, {"self_attention": True, "depth": 2}),
+        ({"encoder": "tiny"}, {"target_ratio": 0.2}),
     ],
 )
 def test_closed_form_flops_equal_torchs_counter(model: dict, decoder: dict) -> None:
     model_config, decoder_config = ModelConfig(**model), DecoderConfig(**decoder)
-    arvideo = ARVideo(model_config, decoder_config)
+    with torch.device("meta"):  # the counter looks at shapes only
+        arvideo = ARVideo(model_config, decoder_config)
+        clips = torch.zeros(1, 3, 16, 224, 224, dtype=torch.uint8)
     drawn = arvideo.clusters.draw_sequence(np.random.default_rng(0))
-    context_ids, target_ids = (torch.from_numpy(ids)[None] for ids in drawn)
-    clips = torch.zeros(1, 3, 16, 224, 224, dtype=torch.uint8)
+    context_ids, target_ids = (torch.from_numpy(ids)[None].to("meta") for ids in drawn)
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         arvideo(clips, context_ids, target_ids).loss_b.sum().backward()
     assert counter.get_total_flops() == forward_backward_flops(model_config, decoder_config)
@@ -228,3 +310,6 @@ def test_default_model_costs_what_the_reference_counts() -> None:
     assert forward_backward_flops(ModelConfig(), DecoderConfig()) / 1e9 == pytest.approx(279.0, abs=0.05)
     two = ModelConfig(min_context_clusters=2)
     assert forward_backward_flops(two, DecoderConfig()) / 1e9 == pytest.approx(271.6, abs=0.05)
+    for ratio, gflops in ((0.5, 223.9), (0.2, 191.2)):  # 49 and 20 of 98 targets a cluster
+        subsampled = DecoderConfig(target_ratio=ratio)
+        assert forward_backward_flops(ModelConfig(), subsampled) / 1e9 == pytest.approx(gflops, abs=0.05)

@@ -81,6 +81,33 @@ def test_sequence_keeps_a_uniform_subset_of_each_cluster_and_predicts_whole_clus
     assert np.abs(seen / 4000 - 0.375).max() < 5 * math.sqrt(0.375 * 0.625 / 4000)
 
 
+def test_queries_are_a_uniform_subset_of_each_predicted_cluster_independent_of_the_context() -> None:
+    clusters = Clusters((2, 4, 4), (2, 2, 2), "spatial_first", mask_ratio=0.5, target_ratio=0.4)
+    assert (clusters.queried, clusters.decoder_queries) == (3, 9)
+    rng = np.random.default_rng(0)
+    queried, both = np.zeros(32), np.zeros(32)
+    for _ in range(4000):
+        context, target = clusters.draw_sequence(rng)
+        for row, members in zip(target.reshape(3, 3), clusters.members_kn[1:], strict=True):
+            assert set(row) <= set(members)
+            assert len(set(row)) == 3
+        queried[target] += 1
+        both[np.intersect1d(context, target)] += 1
+    predicted, seen_too = clusters.members_kn[1:].reshape(-1), clusters.members_kn[1:-1].reshape(-1)
+    for counts, share in ((queried[predicted], 3 / 8), (both[seen_too], 3 / 16)):  # 5 standard deviations
+        assert np.abs(counts / 4000 - share).max() < 5 * math.sqrt(share * (1 - share) / 4000)
+
+
+def test_all_targets_leave_the_draws_as_they_are_without_subsampling() -> None:
+    """The context of a place does not depend on how many of its targets are queried."""
+    context, target = Clusters(GRID, (2, 7, 7)).draw_sequence(np.random.default_rng(3))
+    part = Clusters(GRID, (2, 7, 7), target_ratio=0.2)
+    part_context, part_target = part.draw_sequence(np.random.default_rng(3))
+    assert np.array_equal(context, part_context)
+    assert len(part_target) == 15 * 20
+    assert set(part_target) <= set(target)
+
+
 @pytest.mark.parametrize("min_context", [1, 2])
 @pytest.mark.parametrize("shape", [(1, 1, 1), (2, 7, 7), (4, 7, 7)])
 def test_masks_equal_their_definition(shape: tuple[int, int, int], min_context: int) -> None:
@@ -93,4 +120,6 @@ def test_masks_equal_their_definition(shape: tuple[int, int, int], min_context: 
     expected_decoder = [[b < a for b in token_place] for a in query_place]
     assert torch.equal(encoder, torch.tensor(np.array(expected_encoder)))
     assert torch.equal(decoder, torch.tensor(np.array(expected_decoder)))
+    expected_query = [[b <= a for b in query_place] for a in query_place]
+    assert torch.equal(clusters.query_mask(), torch.tensor(np.array(expected_query)))
     assert decoder.any(dim=1).all(), "every query sees something"

@@ -1,0 +1,192 @@
+"""Checkpoints on storage: visible when complete, damage is named, S3 as well as disk, no pickle."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import pickle
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import boto3
+import pytest
+import torch
+import torch.distributed as dist
+from moto.server import ThreadedMotoServer
+
+from arvideo_dist.config import DecoderConfig, ModelConfig, OptimConfig, TrainConfig
+from arvideo_dist.model.arvideo import ARVideo
+from arvideo_dist.storage import Storage
+from arvideo_dist.train.checkpoint import (
+    FOLDER,
+    MANIFEST,
+    Checkpoint,
+    CheckpointError,
+    complete_checkpoints,
+    open_newest_whole,
+    save_checkpoint,
+)
+from arvideo_dist.train.engine import Engine
+from arvideo_dist.train.stop import RunStoppedError
+from tests.train.distributed import run_ranks
+
+MODEL = ModelConfig(encoder="demo", frames=4, image_size=16, tubelet=(2, 8, 8), cluster=(1, 1, 2))
+DECODER = DecoderConfig(width=64, depth=1)
+
+
+@pytest.fixture(scope="module")
+def s3() -> Iterator[str]:
+    """URI of a folder in a bucket of moto's S3 server."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+            patch.setenv(name, "test")
+        server = ThreadedMotoServer(port=0)
+        server.start()
+        host, port = server.get_host_and_port()
+        boto3.client("s3", endpoint_url=f"http://{host}:{port}", region_name="us-east-1").create_bucket(
+            Bucket="runs"
+        )
+        yield f"s3://runs/one?endpoint_override={host}:{port}&scheme=http&region=us-east-1"
+        server.stop()
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory, s3: str) -> tuple[Path, Storage, Storage]:
+    """Four saves by two ranks at ZeRO-2, the newest two kept: the local folder, and both storages."""
+    local = tmp_path_factory.mktemp("run")
+    assert run_ranks(2, _save, [str(local), s3]) == [None, None]
+    return local, Storage(str(local)), Storage(s3)
+
+
+def _save(uris: list[str]) -> None:
+    torch.manual_seed(3)
+    engine = Engine(
+        ARVideo(MODEL, DECODER),
+        TrainConfig(zero_stage=2, micro_batch=1, global_batch=2),
+        OptimConfig(),
+        torch.device("cpu"),
+        accumulation_steps=1,
+    )
+    control = dist.group.WORLD
+    assert control is not None
+    for uri in uris:
+        for step in (1, 2, 3, 4):
+            name = save_checkpoint(Storage(uri), engine, step, {"position": step}, 2, control)
+            assert name == f"step-{step:08d}"
+
+
+def _weights(run: Storage) -> dict[str, torch.Tensor]:
+    model = ARVideo(MODEL, DECODER)
+    checkpoint = Checkpoint(run, complete_checkpoints(run)[-1])
+    checkpoint.verify()
+    checkpoint.load_weights(model)
+    return model.state_dict()
+
+
+def test_the_newest_are_kept_and_hold_the_weights_on_disk_and_on_s3(
+    saved: tuple[Path, Storage, Storage],
+) -> None:
+    torch.manual_seed(3)
+    expected = ARVideo(MODEL, DECODER).state_dict()
+    for run in saved[1:]:
+        assert complete_checkpoints(run) == ["step-00000003", "step-00000004"]
+        weights = _weights(run)
+        assert weights.keys() == expected.keys()
+        assert all(torch.equal(weights[name], expected[name]) for name in expected)
+
+
+def test_nothing_is_unpickled_on_load(
+    saved: tuple[Path, Storage, Storage], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("pickle was used")
+
+    monkeypatch.setattr(torch, "load", refuse)
+    for name in ("load", "loads", "Unpickler"):
+        monkeypatch.setattr(pickle, name, refuse)
+    assert _weights(saved[1])
+
+
+def test_folder_without_a_manifest_is_no_checkpoint(
+    saved: tuple[Path, Storage, Storage], tmp_path: Path
+) -> None:
+    local, run, _ = saved
+    manifest = local / FOLDER / "step-00000004" / MANIFEST
+    hidden = tmp_path / MANIFEST
+    manifest.rename(hidden)
+    try:
+        assert complete_checkpoints(run) == ["step-00000003"]
+    finally:
+        hidden.rename(manifest)
+
+
+@pytest.mark.parametrize("damage", ["truncated", "bit-flipped", "missing"])
+def test_damaged_part_is_named(saved: tuple[Path, Storage, Storage], damage: str) -> None:
+    local, run, _ = saved
+    part = local / FOLDER / "step-00000004" / "part-00001-of-00002.safetensors"
+    whole = part.read_bytes()
+    if damage == "missing":
+        part.unlink()
+    else:
+        flipped = whole[:-100] + bytes([whole[-100] ^ 1]) + whole[-99:]
+        part.write_bytes(whole[:-1] if damage == "truncated" else flipped)
+    try:
+        checkpoint = Checkpoint(run, "step-00000004")
+        with pytest.raises(CheckpointError, match=rf"step-00000004: {part.name} is (damaged|missing)"):
+            checkpoint.verify()
+    finally:
+        part.write_bytes(whole)
+
+
+def _open(folder: str) -> tuple[str | None, str]:
+    control = dist.group.WORLD
+    assert control is not None
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said):
+        try:
+            found = open_newest_whole(Storage(folder), control)
+        except RunStoppedError as error:
+            return "stopped", str(error)
+    return (found.name if found else None), said.getvalue()
+
+
+def _open_all(folders: list[str]) -> list[tuple[str | None, str]]:
+    return [_open(folder) for folder in folders]
+
+
+def test_damaged_newest_is_named_and_the_one_before_it_used_on_all_ranks(
+    saved: tuple[Path, Storage, Storage], tmp_path: Path
+) -> None:
+    for name in ("one", "both"):
+        shutil.copytree(saved[0], tmp_path / name)
+    damaged = [("one", 4, 0), ("both", 4, 1), ("both", 3, 0)]
+    for folder, step, part in damaged:
+        file = tmp_path / folder / FOLDER / f"step-{step:08d}" / f"part-{part:05d}-of-00002.safetensors"
+        file.write_bytes(file.read_bytes()[:-1])
+    folders = [str(tmp_path / name) for name in ("one", "both", "none")]
+    for rank, (one, both, none) in enumerate(run_ranks(2, _open_all, folders)):
+        assert one[0] == "step-00000003"
+        assert ("step-00000004: part-00000-of-00002.safetensors is damaged" in one[1]) == (rank == 0)
+        assert both[0] == "stopped"
+        assert "all checkpoints" in both[1]
+        assert none == (None, "")
+
+
+def test_damaged_state_is_refused(saved: tuple[Path, Storage, Storage]) -> None:
+    local, run, _ = saved
+    state = local / FOLDER / "step-00000004" / "state.json"
+    whole = state.read_text()
+    state.write_text(json.dumps({**json.loads(whole), "position": 999}))
+    try:
+        with pytest.raises(CheckpointError, match=r"state\.json is damaged"):
+            Checkpoint(run, "step-00000004")
+    finally:
+        state.write_text(whole)
+
+
+def test_weights_of_another_model_are_refused_with_the_names(saved: tuple[Path, Storage, Storage]) -> None:
+    other = ARVideo(MODEL, DecoderConfig(width=128, depth=1))
+    with pytest.raises(ValueError, match=r"another model.*decoder\.blocks\.0\..*another run\.name"):
+        Checkpoint(saved[1], "step-00000004").load_weights(other)
