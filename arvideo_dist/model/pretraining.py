@@ -5,6 +5,7 @@ Letters: B clips, L tokens of the grid, N encoder tokens, M tokens to predict, P
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -37,7 +38,7 @@ class Sequences(Protocol):
         """One sample's token ids: seen by the encoder [N], to be predicted [M] (int64)."""
 
 
-class PretrainingModel(nn.Module):
+class PretrainingModel(nn.Module, ABC):
     """A method: what the training loop, validation and export ask of it. Downstream only `encoder` is kept."""
 
     encoder: Encoder
@@ -52,11 +53,11 @@ class PretrainingModel(nn.Module):
         self.register_buffer("pixel_mean", torch.tensor(IMAGENET_MEAN), persistent=False)
         self.register_buffer("pixel_std", torch.tensor(IMAGENET_STD), persistent=False)
 
+    @abstractmethod
     def predict(
         self, cubes_bnp: torch.Tensor, context_ids_bn: torch.Tensor, target_ids_bm: torch.Tensor
     ) -> torch.Tensor:
         """Predicted cubes [B, M, P] at `target_ids_bm` from normalised cubes at `context_ids_bn`."""
-        raise NotImplementedError
 
     def forward(
         self,
