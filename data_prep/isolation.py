@@ -151,11 +151,11 @@ class Prober:
 
     def source(self, path: str) -> SourceInfo:
         """See `probe.probe_source`; raises Rejected, or Interrupted where the process died on the file."""
-        return SourceInfo.model_validate(self._ask("source", path))
+        return SourceInfo(**self._ask("source", path))
 
     def video(self, path: str) -> VideoInfo:
         """See `probe.probe_video`."""
-        return VideoInfo.model_validate(self._ask("video", path))
+        return VideoInfo(**self._ask("video", path))
 
     def close(self) -> None:
         if self._process:
@@ -164,7 +164,7 @@ class Prober:
             _running.discard(self._process)
             self._process = None
 
-    def _ask(self, what: str, path: str) -> dict[str, object]:
+    def _ask(self, what: str, path: str) -> dict[str, Any]:
         _check_allowed()
         if self._process is None:
             # A Ray worker may have the package from a place that only its own sys.path names.
@@ -202,5 +202,5 @@ class Prober:
         answer = json.loads(line)
         if "rejected" in answer:
             raise Rejected(answer["rejected"])
-        info: dict[str, object] = answer["info"]
+        info: dict[str, Any] = answer["info"]
         return info

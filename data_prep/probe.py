@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from fractions import Fraction
 from itertools import pairwise
 from typing import IO, Any
@@ -19,7 +19,6 @@ from typing import IO, Any
 import av
 from av.container import InputContainer
 from av.video.stream import VideoStream
-from pydantic import BaseModel
 
 from data_prep.errors import Rejected
 
@@ -34,7 +33,8 @@ _MAX_LONG_SIDE = 16384
 _PQ, _HLG = 16, 18  # transfer characteristics of ITU-T H.273 that mean HDR
 
 
-class SourceInfo(BaseModel):
+@dataclass(frozen=True)
+class SourceInfo:
     """The video stream of an input file, as it is to be shown."""
 
     stream: int  # index in the container
@@ -59,7 +59,8 @@ class SourceInfo(BaseModel):
     duration: float  # seconds from the first picture to the end of the last
 
 
-class VideoInfo(BaseModel):
+@dataclass(frozen=True)
+class VideoInfo:
     """A finished mp4, read back."""
 
     width: int
@@ -272,7 +273,7 @@ def main() -> None:
     for line in sys.stdin:
         request = json.loads(line)
         try:
-            answer = {"info": answer_with[request["what"]](request["path"]).model_dump()}
+            answer: dict[str, Any] = {"info": asdict(answer_with[request["what"]](request["path"]))}
         except Rejected as rejected:
             answer = {"rejected": str(rejected)}
         except MemoryError:
