@@ -122,7 +122,11 @@ class DataConfig(Section):
 class ModelConfig(Section):
     """Geometry of the clip, its tokens and clusters (paper 3.3), and the encoder."""
 
-    kind: Literal["arvideo"] = Field("arvideo", description="pretraining method")
+    kind: Literal["arvideo", "videomae"] = Field(
+        "arvideo",
+        description="pretraining method; videomae has no clusters and masks tubes (its paper: model.mask_ratio "
+        "0.9, decoder.width 384)",
+    )
     encoder: Literal["demo", "tiny", "small", "base", "large", "huge"] = Field(
         "base", description="ViT-Ti/S/B/L/H; demo is 192 wide and 6 deep"
     )
@@ -134,7 +138,10 @@ class ModelConfig(Section):
         "random", description="prediction order of the clusters"
     )
     mask_ratio: float = Field(
-        0.8, ge=0, lt=1, description="share of each cluster's tokens that the encoder does not see"
+        0.8,
+        ge=0,
+        lt=1,
+        description="share of each cluster's tokens (videomae: of a frame's places) that the encoder does not see",
     )
     min_context_clusters: PositiveInt = Field(
         1, description="clusters every prediction sees; 1: 1470 queries, 2: 1372 as printed in Table 5"
@@ -160,6 +167,9 @@ class ModelConfig(Section):
         if any(size % cube for size, cube in zip(clip, self.tubelet, strict=True)):
             raise ValueError(f"tubelet {self.tubelet} does not divide the clip {clip}")
         grid = self.token_grid
+        if self.kind == "videomae":
+            self._check_videomae(grid)
+            return self
         if any(size % k for size, k in zip(grid, self.cluster, strict=True)):
             fits = ["|".join(str(k) for k in range(1, size + 1) if size % k == 0) for size in grid]
             raise ValueError(
@@ -175,6 +185,15 @@ class ModelConfig(Section):
                 f"{self.cluster} makes {clusters} clusters of the token grid {grid}"
             )
         return self
+
+    def _check_videomae(self, grid: Triple) -> None:
+        own = {"cluster", "order", "min_context_clusters"}
+        if changed := sorted(n for n in own if getattr(self, n) != type(self).model_fields[n].default):
+            raise ValueError(f"{', '.join(changed)}: videomae has no clusters; leave what orders them unset")
+        if not int(self.mask_ratio * grid[1] * grid[2]):
+            raise ValueError(
+                f"mask_ratio {self.mask_ratio:g} masks none of {grid[1] * grid[2]} places a frame"
+            )
 
 
 class DecoderConfig(Section):
@@ -277,3 +296,12 @@ class RunConfig(Section):
     validation: ValidationConfig = Field(default_factory=ValidationConfig)
     cluster: ClusterConfig = Field(default_factory=ClusterConfig)
     tracking: TrackingConfig = Field(default_factory=TrackingConfig)
+
+    @model_validator(mode="after")
+    def _check_decoder_of_kind(self) -> RunConfig:
+        if self.model.kind == "videomae" and (self.decoder.self_attention or self.decoder.target_ratio < 1):
+            raise ValueError(
+                "decoder.self_attention and decoder.target_ratio belong to model.kind arvideo; videomae's decoder "
+                "always has self-attention and predicts every masked token: leave both unset"
+            )
+        return self

@@ -7,15 +7,16 @@ from dataclasses import dataclass
 
 from arvideo_dist.config import RunConfig
 from arvideo_dist.flops import forward_backward_flops, parameter_count
-from arvideo_dist.model.arvideo import make_clusters
+from arvideo_dist.model.clusters import Clusters
+from arvideo_dist.model.kinds import make_sequences
 
 
 @dataclass(frozen=True)
 class Derived:
     """Printed at start, logged with the run, and given as JSON by `pretrain --dry-run`."""
 
-    clusters: int
-    kept_tokens_per_cluster: int
+    clusters: int | None  # None for a method without clusters
+    kept_tokens_per_cluster: int | None
     encoder_tokens: int
     decoder_queries: int
     parameters: int
@@ -36,7 +37,8 @@ class Derived:
 
 def derive(config: RunConfig, samples: int | None) -> Derived:
     """Numbers of a run over `samples` training samples; ValueError where they contradict each other."""
-    clusters = make_clusters(config.model, config.decoder)
+    sequences = make_sequences(config.model, config.decoder)
+    clusters = sequences if isinstance(sequences, Clusters) else None
     train, world_size = config.train, config.cluster.workers
     per_pass = world_size * train.micro_batch
     accumulation_steps = math.ceil(train.global_batch / per_pass)
@@ -48,10 +50,10 @@ def derive(config: RunConfig, samples: int | None) -> Derived:
         _check_length(config, samples, total_steps, warmup_steps)
     lr_scale = train.global_batch / 256
     return Derived(
-        clusters=clusters.count,
-        kept_tokens_per_cluster=clusters.kept,
-        encoder_tokens=clusters.encoder_tokens,
-        decoder_queries=clusters.decoder_queries,
+        clusters=clusters.count if clusters else None,
+        kept_tokens_per_cluster=clusters.kept if clusters else None,
+        encoder_tokens=sequences.encoder_tokens,
+        decoder_queries=sequences.decoder_queries,
         parameters=parameter_count(config.model, config.decoder),
         gflops_per_clip=forward_backward_flops(config.model, config.decoder) / 1e9,
         global_batch=train.global_batch,

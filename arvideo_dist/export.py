@@ -7,7 +7,7 @@ import sys
 
 from arvideo_dist.config import DecoderConfig, ModelConfig
 from arvideo_dist.interchange import export_encoder
-from arvideo_dist.model.arvideo import ARVideo
+from arvideo_dist.model.kinds import build_model
 from arvideo_dist.settings import exit_with
 from arvideo_dist.storage import Storage
 from arvideo_dist.train.checkpoint import FOLDER, Checkpoint, CheckpointError, complete_checkpoints
@@ -57,7 +57,7 @@ def export(source: str, format: str, head: bool, labels: int | None, out: str | 
     checkpoint.verify()
     model = ModelConfig.model_validate(checkpoint.state["config"]["model"])
     decoder = DecoderConfig.model_validate(checkpoint.state["config"]["decoder"])
-    trained = ARVideo(model, decoder)
+    trained = build_model(model, decoder)
     checkpoint.load_weights(trained)
     to = Storage(out) if out else run.child("exports").child(f"{name}-{format}{'-head' if head else ''}")
     export_encoder(trained.encoder, model, to, format, (labels or 400) if head else None)  # type: ignore[arg-type]

@@ -16,8 +16,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from arvideo_dist.config import ModelConfig
-from arvideo_dist.model.arvideo import IMAGENET_MEAN, IMAGENET_STD
 from arvideo_dist.model.layouts import load_encoder, to_transformers
+from arvideo_dist.model.pretraining import IMAGENET_MEAN, IMAGENET_STD
 from arvideo_dist.model.vit import ENCODER_SIZES, NORM_EPS, Encoder
 from arvideo_dist.storage import Storage
 

@@ -9,7 +9,7 @@ import torch
 from PIL import Image, ImageDraw
 
 from arvideo_dist.config import ModelConfig
-from arvideo_dist.model.arvideo import restore_pixels
+from arvideo_dist.model.pretraining import restore_pixels
 from arvideo_dist.model.vit import from_cubes, to_cubes
 
 _UNSEEN = 0.5  # grey level of tokens that the encoder did not see

@@ -46,11 +46,13 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _print_start(config: RunConfig, derived: Derived) -> None:
+    clusters = ""
+    if derived.clusters is not None:
+        clusters = f"{derived.clusters} clusters, {derived.kept_tokens_per_cluster} kept tokens each; "
     print(
         f"run {config.run.name}: {config.model.encoder} encoder, {derived.parameters / 1e6:.1f} M parameters, "
         f"{derived.gflops_per_clip:.1f} GFLOP a clip\n"
-        f"tokens: {derived.clusters} clusters, {derived.kept_tokens_per_cluster} kept tokens each; "
-        f"{derived.encoder_tokens} encoder tokens, {derived.decoder_queries} decoder queries\n"
+        f"tokens: {clusters}{derived.encoder_tokens} encoder tokens, {derived.decoder_queries} decoder queries\n"
         f"batch: {derived.global_batch} clips = {derived.world_size} workers x {derived.micro_batch} clips x "
         f"{derived.accumulation_steps} accumulation steps (padding {derived.padding_per_step})\n"
         f"schedule: {derived.total_steps} steps over {derived.samples} samples, warm-up "

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import nn
 
 from arvideo_dist.config import OptimConfig, TrainConfig
-from arvideo_dist.model.arvideo import Output
+from arvideo_dist.model.pretraining import Output
 
 if TYPE_CHECKING:  # the loader wants packages that a bare GPU machine does not have (benchmarks/gpu_check.py)
     from arvideo_dist.data.loader import Batch
@@ -116,7 +116,7 @@ class Engine:
         return torch.nn.utils.get_total_norm(grads)
 
     def forward(self, batch: Batch, context_clips: torch.Tensor | None = None) -> Output:
-        """The model on one micro batch on the device; `context_clips` as in `ARVideo.forward`."""
+        """The model on one micro batch on the device; `context_clips` as in `PretrainingModel.forward`."""
         return self._deepspeed(batch.clips, batch.context_ids, batch.target_ids, context_clips)
 
     def set_training(self, training: bool) -> None:

@@ -22,7 +22,7 @@ from arvideo_dist.data.index import load_manifest
 from arvideo_dist.data.loader import ClipLoader, ClipSource
 from arvideo_dist.derived import Derived
 from arvideo_dist.interchange import load_initial_encoder
-from arvideo_dist.model.arvideo import ARVideo
+from arvideo_dist.model.kinds import build_model
 from arvideo_dist.storage import Storage
 from arvideo_dist.tracking import Tracker
 from arvideo_dist.train import checkpoint as checkpoints
@@ -59,8 +59,8 @@ def train(task: Task, device: torch.device, control: dist.ProcessGroup) -> None:
     tracker = Tracker(task.tracking_uri, task.mlflow_run_id) if rank == 0 else None
 
     torch.manual_seed(config.run.seed)
-    model = ARVideo(config.model, config.decoder)
-    sequence = model.clusters.draw_sequence
+    model = build_model(config.model, config.decoder)
+    sequence = model.sequences.draw_sequence
     start = checkpoints.open_newest_whole(run, control)
     origin = "random weights"
     if start is not None:

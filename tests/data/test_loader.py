@@ -116,7 +116,9 @@ def test_three_epochs_hold_each_place_and_each_sample_exactly_once(
     assert len({digest for digest, *_ in expected.values()}) == 3 * SAMPLES  # fresh crops in each epoch
 
 
-@pytest.mark.parametrize(("world_size", "workers"), [(1, 1), (1, 2), (2, 0), (2, 1), (3, 0), (4, 0), (4, 2)])
+@pytest.mark.parametrize(
+    ("world_size", "workers"), [(1, 1), (1, 3), (2, 0), (2, 1), (3, 0), (3, 1), (4, 0), (4, 3)]
+)
 def test_clips_depend_on_their_place_only(
     dataset: Storage, make_loader: Callable, expected: dict, world_size: int, workers: int
 ) -> None:

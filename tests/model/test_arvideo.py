@@ -12,7 +12,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from arvideo_dist.config import DecoderConfig, ModelConfig
 from arvideo_dist.flops import forward_backward_flops, parameter_count
-from arvideo_dist.model.arvideo import ARVideo, cube_targets, restore_pixels
+from arvideo_dist.model.arvideo import ARVideo
+from arvideo_dist.model.pretraining import cube_targets, restore_pixels
 from arvideo_dist.model.vit import from_cubes, sinusoid_positions, to_cubes
 
 GEOMETRY = {"frames": 8, "image_size": 32, "tubelet": (2, 8, 8)}  # 4 x 4 x 4 tokens
