@@ -27,7 +27,7 @@ from data_prep.probe import SourceInfo, VideoInfo
 
 _running: set[subprocess.Popen[Any]] = set()
 _stopping = threading.Event()
-_WALL_FACTOR = 30  # wall seconds allowed per CPU second allowed
+_WALL_FACTOR = 10  # wall seconds allowed per CPU second allowed
 _MAX_FILE_BYTES = 8 * 2**30
 _STDERR_BYTES = 2**20  # kept of a helper's messages
 

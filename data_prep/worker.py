@@ -115,7 +115,6 @@ class LocalPool:
     ):
         self.slots = 2 * workers  # videos in flight: the next one waits beside each that runs
         self._storage, self._split, self._settings, self._limits = storage, split, settings, limits
-        allow_helpers(True)
         self._threads = ThreadPoolExecutor(workers, thread_name_prefix="data-prep")
         self._local = threading.local()
         self._probers: list[Prober] = []
@@ -132,6 +131,7 @@ class LocalPool:
         self._threads.shutdown(wait=False, cancel_futures=True)
         allow_helpers(False)
         self._threads.shutdown(wait=True)
+        allow_helpers(True)
         for prober in self._probers:
             prober.close()
         shutil.rmtree(self._staging, ignore_errors=True)

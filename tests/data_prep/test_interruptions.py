@@ -19,13 +19,13 @@ CLIPS = ("synthetic", "--num-videos", 48, "--shard-size", 6, "--workers", 2, *SM
 
 @pytest.mark.slow
 def test_sigkill_at_ten_random_moments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    clips = (*CLIPS, "--num-videos", 320)
+    clips = (*CLIPS, "--num-videos", 600)
     assert prepare(monkeypatch, *clips, "--out", tmp_path / "calm") == 0
     draw = random.Random(0)
     for _ in range(10):
         process = spawn(*clips, "--out", tmp_path / "killed")
         with pytest.raises(subprocess.TimeoutExpired):
-            process.wait(timeout=draw.uniform(1.0, 2.5))
+            process.wait(timeout=draw.uniform(2.0, 7.0))
         process.kill()
         process.communicate()
         assert not (tmp_path / "killed" / "dataset-train.json").exists()
