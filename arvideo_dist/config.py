@@ -99,7 +99,9 @@ class DataConfig(Section):
         ge=0,
         description="disk per node for copies of remote shards; wants data.shuffle_block_shards; 0: no cache",
     )
-    shard_cache: str = Field("/tmp/arvideo-shards", description="folder of the shard cache on each node")
+    shard_cache: str | None = Field(
+        None, description="folder of the shard cache on each node; null: in the system's temporary folder"
+    )
     hung_worker_s: float = Field(
         120.0, gt=0, description="seconds of decoding one sample after which its worker is replaced"
     )

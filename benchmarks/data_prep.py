@@ -12,11 +12,8 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import datetime
 import io
 import json
-import os
-import platform
 import resource
 import statistics
 import subprocess
@@ -29,6 +26,7 @@ from typing import Any
 
 import numpy as np
 
+from arvideo_dist.bench.report import environment, write_json
 from arvideo_dist.storage import Storage
 from data_prep.folder import VIDEO_SUFFIXES
 from data_prep.isolation import Limits
@@ -130,7 +128,7 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=8, help="how many of them, by name (default: 8)")
     parser.add_argument("--rounds", type=int, default=3, help="interleaved repetitions (default: 3)")
     parser.add_argument("--match", default="", help="only names that hold this")
-    parser.add_argument("--json", help="write the figures to this file")
+    parser.add_argument("--json", type=Path, metavar="PATH", help="write the figures to this file")
     given = parser.parse_args()
     paths = sorted(
         path
@@ -184,28 +182,13 @@ def main() -> None:
         "cpu_ms_a_clip": clips,
         "cpu_of_clip_over_plain": cheap / dear,
     }
-    report = {
+    result = {
+        "configuration": {"command": sys.argv[1:], "settings": settings.model_dump(), "encoder": ffmpeg()[1]},
         "figures": figures,
-        "settings": settings.model_dump(),
-        "encoder": ffmpeg()[1],
-        **_surroundings(),
-    }
-    text = json.dumps(report, indent=1)
-    print(text)
+    } | environment()
+    print(json.dumps(result, indent=1))
     if given.json:
-        Path(given.json).write_text(text + "\n")
-
-
-def _surroundings() -> dict[str, Any]:
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
-    model = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
-    return {
-        "command": sys.argv[1:],
-        "commit": commit.stdout.strip(),
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "hardware": f"{model[0].split(':')[1].strip() if model else platform.machine()}, {os.cpu_count()} cores",
-        "load_average": os.getloadavg()[0],
-    }
+        write_json(given.json, result)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 
 from arvideo_dist.config import DataConfig
@@ -39,7 +40,7 @@ def loader_options(data: DataConfig, *, pin_memory: bool) -> LoaderOptions:
         device_transforms=data.device_transforms,
         verify_checksums=data.verify_checksums,
         read_retries=data.read_retries,
-        shard_cache=Path(data.shard_cache),
+        shard_cache=Path(data.shard_cache or Path(tempfile.gettempdir()) / "arvideo-shards"),
         shard_cache_gib=data.shard_cache_gib,
         hung_after_seconds=data.hung_worker_s,
         pin_memory=pin_memory,
