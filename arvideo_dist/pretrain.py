@@ -72,7 +72,7 @@ def _print_end(config: RunConfig, finished: Finished) -> None:
         print(f"picture     {finished.run_folder}/pictures/")
         print(
             f"validation  loss {metrics['loss/val']:.4f}, best constant predictor "
-            f"{metrics['loss/constant_predictor']:.4f} ({below:.1%} below it)"
+            f"{metrics['loss/constant_predictor']:.4f} ({abs(below):.1%} {'below' if below >= 0 else 'above'} it)"
         )
         if "loss/val_other_context" in metrics:
             worse = metrics["loss/val_other_context"] / metrics["loss/val"] - 1
