@@ -29,6 +29,7 @@ def _load() -> ModuleType:
         encoder="demo", frames=8, image_size=64, tubelet=(2, 8, 8), cluster=(2, 4, 4)
     )
     module.SMALL_DECODER = DecoderConfig(width=64, depth=1)  # type: ignore[attr-defined]
+    module.METHODS["randsac"][0]["cluster"] = (1, 4, 4)
     return module
 
 
