@@ -1,4 +1,4 @@
-"""Every kind trains under ZeRO: partitioned parameters, in the layers and out of them, are whole when used."""
+"""Every kind trains under ZeRO 3: partitioned parameters, in the layers and out of them, are whole when used."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ KINDS = {
         {},
     ),
 }
-STAGES, STEPS, RATE = (1, 3), 3, 1e-3
+STEPS, RATE = 3, 1e-4
 
 
 def test_losses_of_every_kind_equal_one_process_with_the_whole_batch() -> None:
@@ -39,8 +39,7 @@ def test_losses_of_every_kind_equal_one_process_with_the_whole_batch() -> None:
     for kind in KINDS:
         expected = _losses_of_one_process(kind)
         assert expected[-1] < expected[0]
-        for stage in STAGES:
-            assert ranks[0][kind, stage] == pytest.approx(expected, rel=1e-5), (kind, stage)
+        assert ranks[0][kind] == pytest.approx(expected, rel=1e-5), kind
 
 
 def _model(kind: str) -> PretrainingModel:
@@ -72,17 +71,16 @@ def _losses_of_one_process(kind: str) -> list[float]:
     return losses
 
 
-def _losses_under_zero() -> dict[tuple[str, int], list[float]]:
+def _losses_under_zero() -> dict[str, list[float]]:
     found = {}
     for kind in KINDS:
-        for stage in STAGES:
-            train = TrainConfig(global_batch=2, micro_batch=1, zero_stage=stage)
-            model, losses = _model(kind), []
-            engine = Engine(model, train, OptimConfig(), torch.device("cpu"), 1)
-            for _ in range(STEPS):
-                loss = engine.accumulate([_batch(kind, model, [dist.get_rank()])], 2.0)
-                engine.apply(RATE)
-                dist.all_reduce(loss)
-                losses.append(float(loss) / 2)
-            found[kind, stage] = losses
+        train = TrainConfig(global_batch=2, micro_batch=1, zero_stage=3)
+        model, losses = _model(kind), []
+        engine = Engine(model, train, OptimConfig(), torch.device("cpu"), 1)
+        for _ in range(STEPS):
+            loss = engine.accumulate([_batch(kind, model, [dist.get_rank()])], 2.0)
+            engine.apply(RATE)
+            dist.all_reduce(loss)
+            losses.append(float(loss) / 2)
+        found[kind] = losses
     return found
