@@ -83,9 +83,15 @@ def _order(parser: argparse.ArgumentParser, argv: list[str]) -> tuple[subjects.F
 def _with_clips(parser: argparse.ArgumentParser, argv: list[str], clips: int) -> argparse.Namespace:
     parser.add_argument("--data", metavar="PATH", help="data set made by data_prep (the run's own)")
     parser.add_argument("--split", help="its split (the run's validation split)")
-    parser.add_argument("--stride", type=int, help="source frames between a clip's frames (the run's)")
-    parser.add_argument("--clips", type=int, default=clips, help=f"the first N of the split ({clips})")
+    parser.add_argument("--stride", type=_positive, help="source frames between a clip's frames (the run's)")
+    parser.add_argument("--clips", type=_positive, default=clips, help=f"the first N of the split ({clips})")
     return parser.parse_args(argv)
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text}: give a number from 1")
+    return int(text)
 
 
 _SUBJECTS = {"attention-rank": _attention_rank, "reconstruct": _reconstruct, "order": _order}

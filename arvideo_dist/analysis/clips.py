@@ -34,8 +34,6 @@ def load_clips(
 
     Clips that cannot be decoded are named on stderr and left out. Raises ValueError where none is left.
     """
-    if clips < 1:
-        raise ValueError(f"--clips {clips}: give 1 or more")
     number = min(clips, load_manifest(source.storage, source.split).samples)
     loader = ClipLoader(
         [source],

@@ -63,8 +63,9 @@ def check_rows(
     seen = np.full((32, 2, 6, 6, 3), GREY, dtype=np.uint8)
     seen[context] = as_shown(cubes_lp[context].float() / 255)
     predicted = np.full((32, 2, 6, 6, 3), DARK, dtype=np.uint8)
-    predictions = clip.predictions_bmp[0, : step.targets]
-    predicted[target] = as_shown(restore_pixels(predictions, cubes_lp[target], model.target_norm))
+    if step.targets:
+        predictions = clip.predictions_bmp[0, : step.targets]
+        predicted[target] = as_shown(restore_pixels(predictions, cubes_lp[target], model.target_norm))
     expected = as_shown(cubes_lp.float() / 255), seen, predicted
     for row, values in enumerate(expected):
         assert np.array_equal(shown_tokens(picture, row, top), values), ROWS[row]
