@@ -9,6 +9,7 @@ from typing import get_args
 import matplotlib
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import ValidationError
 
 from arvideo_dist.config import DecoderConfig, ModelConfig
 from arvideo_dist.data.order import Stream, sample_generator
@@ -38,15 +39,24 @@ def draw_orders(
 ) -> dict[str, DrawnOrder]:
     """What a run of this configuration and seed draws at `place` of its sample sequence.
 
-    All three orders where the method has an order to choose (paper 3.3.2), else its own alone, under its name.
+    All orders that the method accepts (paper 3.3.2); one without clusters has its own alone, under its name.
     """
     sequences = {model.kind: make_sequences(model, decoder)}
     if isinstance(sequences[model.kind], Clusters):
         sequences = {
             order: make_sequences(model.model_copy(update={"order": order}), decoder)
             for order in get_args(Order)
+            if _accepts(model, order)
         }
     return {name: draw_order(s, model.token_grid, seed, place) for name, s in sequences.items()}
+
+
+def _accepts(model: ModelConfig, order: Order) -> bool:
+    try:
+        ModelConfig.model_validate({**model.model_dump(), "order": order})
+    except ValidationError:
+        return False
+    return True
 
 
 def draw_order(sequences: Sequences, token_grid: tuple[int, int, int], seed: int, place: int) -> DrawnOrder:

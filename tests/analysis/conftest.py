@@ -1,4 +1,4 @@
-"""Two small runs on real clips, each with a checkpoint after a real optimiser step and its MLflow run."""
+"""A small run of each method on real clips: a checkpoint after a real optimiser step, and its MLflow run."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ GEOMETRY = {"encoder": "demo", "frames": 4, "image_size": 32, "tubelet": (2, 8, 
 MODELS = {
     "arvideo": ModelConfig(**GEOMETRY, cluster=(1, 2, 2), mask_ratio=0.5),
     "videomae": ModelConfig(**GEOMETRY, kind="videomae", mask_ratio=0.75),
+    "randsac": ModelConfig(**GEOMETRY, kind="randsac", cluster=(1, 2, 2), mask_ratio=0.0),
 }
 
 
@@ -57,7 +58,7 @@ def _train(folder: Path) -> None:
 
 @pytest.fixture(scope="session")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of the runs `arvideo` and `videomae` and of their data set, `data`; not to be changed."""
+    """The folder of a run for each of `MODELS`, by its kind, and of their data set, `data`; not to be changed."""
     folder = tmp_path_factory.mktemp("analysis")
     videos = [encode(folder / f"{i}.mp4", 20 + i, i) for i in range(CLIPS)]
     write_dataset(folder / "data", videos, [20, 21, 22], split="val")

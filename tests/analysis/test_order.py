@@ -69,6 +69,10 @@ def test_a_method_without_clusters_is_drawn_as_its_one_step() -> None:
     assert len(list(pages(drawn))) == 1
 
 
+def test_a_method_with_one_order_is_drawn_in_that_one() -> None:
+    assert list(draw_orders(ModelConfig(kind="randsac", cluster=(1, 7, 7)), DECODER, seed=0)) == ["random"]
+
+
 def test_page_of_a_step_colours_what_it_sees_and_outlines_what_it_predicts() -> None:
     drawn = draw_orders(PAPER, DECODER, seed=0)
     for step, picture in enumerate(pages(drawn), start=1):

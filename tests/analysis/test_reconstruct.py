@@ -89,7 +89,7 @@ def test_overview_shows_input_context_and_predictions_of_every_clip(
 def test_each_page_shows_what_its_step_sees_and_all_predictions_so_far(runs: Path, kind: str) -> None:
     model = open_trained(str(runs / kind)).load_model()
     steps = model.sequences.prediction_steps()
-    assert len(steps) == {"arvideo": 7, "videomae": 1}[kind]
+    assert len(steps) == {"arvideo": 7, "randsac": 7, "videomae": 1}[kind]
     clip = predicted_clips(runs, kind)[0]
     shown = list(pages(clip, steps, MODELS[kind]))
     assert len(shown) == len(steps) + 1
