@@ -75,6 +75,11 @@ def test_a_file_extended_twice_is_no_loop(tmp_path: Path) -> None:
     assert read_config(["--config", str(tmp_path / "run.yaml")])[0].train.epochs == 7
 
 
+def test_init_from_may_be_given_without_its_section() -> None:
+    assert read_config(["--init-from", "weights.pth"])[0].model.init_from == "weights.pth"
+    assert read_config(["--init-from=weights.pth"])[0] == read_config(["--model.init_from", "weights.pth"])[0]
+
+
 def test_config_file_may_come_from_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "run.yaml"
     file.write_text("run: {name: from-file}\n")

@@ -7,7 +7,6 @@ weights. Step s consumes places [s G, (s + 1) G), G the global batch; nothing el
 from __future__ import annotations
 
 import functools
-import io
 import json
 import time
 from dataclasses import asdict, dataclass
@@ -15,7 +14,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from PIL import Image
 
 from arvideo_dist.config import RunConfig
 from arvideo_dist.data.index import load_manifest
@@ -23,6 +21,7 @@ from arvideo_dist.data.loader import ClipLoader, ClipSource
 from arvideo_dist.derived import Derived
 from arvideo_dist.interchange import load_initial_encoder
 from arvideo_dist.model.kinds import build_model
+from arvideo_dist.picture import png
 from arvideo_dist.storage import Storage
 from arvideo_dist.tracking import Tracker
 from arvideo_dist.train import checkpoint as checkpoints
@@ -112,7 +111,7 @@ def train(task: Task, device: torch.device, control: dist.ProcessGroup) -> None:
             name = f"pictures/step-{step:08d}.png"
             tracker.log(step, result.metrics)
             tracker.log_picture(name, result.picture)
-            run.write_bytes(name, _png(result.picture))
+            run.write_bytes(name, png(result.picture))
             _say(rank, f"step {step}  " + "  ".join(f"{k} {v:.4f}" for k, v in result.metrics.items()))
         return result.metrics
 
@@ -192,12 +191,6 @@ def _data_path(config: RunConfig) -> str:
 def _validation_clips(data: Storage, config: RunConfig) -> int:
     assert config.data.val_split is not None
     return min(load_manifest(data, config.data.val_split).samples, config.validation.max_clips)
-
-
-def _png(picture: Any) -> bytes:
-    buffer = io.BytesIO()
-    Image.fromarray(picture).save(buffer, format="PNG")
-    return buffer.getvalue()
 
 
 def _say(rank: int, line: str) -> None:
