@@ -21,7 +21,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import yaml
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a bare machine has no installed package
 
@@ -30,6 +29,7 @@ from arvideo_dist.config import RunConfig
 from arvideo_dist.data.loader import ClipLoader, ClipSource
 from arvideo_dist.derived import derive
 from arvideo_dist.model.kinds import build_model
+from arvideo_dist.settings import read_config
 from arvideo_dist.storage import Storage
 from arvideo_dist.train.data import clips_per_epoch, loader_options, training_sources
 from arvideo_dist.train.engine import Engine
@@ -121,13 +121,19 @@ def main() -> None:
         runs = []
         for seed in given.seeds:
             for file in given.configs:
-                content = yaml.safe_load(file.read_text())
-                content["run"] = {"name": file.stem, "seed": seed}
-                content["data"] |= {"path": given.data} if given.data else {}
-                content["train"] |= {"steps": given.steps} if given.steps else {}
-                config = RunConfig.model_validate(content)
+                arguments = ["--config", str(file), "--run.name", file.stem, "--run.seed", str(seed)]
+                arguments += ["--data.path", given.data] if given.data else []
+                arguments += ["--train.steps", str(given.steps)] if given.steps else []
+                config, _ = read_config(arguments)
                 result = learn(config, device)
-                runs.append({"method": file.stem, "seed": seed, **result, "configuration": content})
+                runs.append(
+                    {
+                        "method": file.stem,
+                        "seed": seed,
+                        **result,
+                        "configuration": config.model_dump(mode="json", exclude_defaults=True),
+                    }
+                )
                 if given.json:  # after each run: a machine that is taken away keeps what is done
                     write_json(given.json, {"subject": "learning", **environment(), "runs": runs})
         dist.destroy_process_group()
