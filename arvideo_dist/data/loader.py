@@ -217,7 +217,8 @@ class ClipSamples:
                     shard = f"{self.sources[visit.located.source].storage.uri}/{shard}"
                 bad += [BadRecord(clip.place, shard, visit.row.key, str(error)) for clip in visit.clips]
         if planes is None:
-            clips[weights == 0] = 0
+            for slot in (weights == 0).nonzero().flatten().tolist():  # a mask would go through all clips
+                clips[slot] = 0
         # Padding needs ids as well: those of place 0.
         drawn = [
             self.draw_tokens(sample_generator(self.seed, max(place, 0), Stream.SEQUENCE)) for place in places
