@@ -47,7 +47,7 @@ from arvideo_dist.storage import Storage
 FRAMES, STRIDE, SIZE = 16, 4, 224
 SCALES = (1.0, 0.875, 0.75, 0.66)
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-_WARM_UP_BATCHES = 2
+_WARM_UP_BATCHES = 6  # every buffer in circulation has been used once
 
 
 @dataclass(frozen=True)
