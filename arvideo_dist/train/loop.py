@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 from arvideo_dist.config import RunConfig
 from arvideo_dist.data.index import load_manifest
-from arvideo_dist.data.loader import ClipLoader, ClipSource
+from arvideo_dist.data.loader import ClipLoader
 from arvideo_dist.derived import Derived
 from arvideo_dist.interchange import load_initial_encoder
 from arvideo_dist.model.kinds import build_model
@@ -26,7 +26,7 @@ from arvideo_dist.storage import Storage
 from arvideo_dist.tracking import Tracker
 from arvideo_dist.train import checkpoint as checkpoints
 from arvideo_dist.train.bad_samples import ARTIFACT, BadSamples
-from arvideo_dist.train.data import loader_options, training_sources
+from arvideo_dist.train.data import loader_options, training_sources, validation_options, validation_source
 from arvideo_dist.train.engine import Engine
 from arvideo_dist.train.progress import Meter, progress_line
 from arvideo_dist.train.schedule import learning_rate
@@ -73,7 +73,7 @@ def train(task: Task, device: torch.device, control: dist.ProcessGroup) -> None:
     step = position // global_batch
     _say(rank, f"continues from {start}, step {step}" if start else f"starts from {origin}")
 
-    data = Storage(_data_path(config))
+    pin_memory = device.type == "cuda"
     make_loader = functools.partial(
         ClipLoader,
         clip_frames=config.model.frames,
@@ -90,7 +90,7 @@ def train(task: Task, device: torch.device, control: dist.ProcessGroup) -> None:
         global_batch=global_batch,
         workers=config.data.workers,
         stop_position=total_steps * global_batch,
-        options=loader_options(config.data, pin_memory=device.type == "cuda"),
+        options=loader_options(config.data, pin_memory=pin_memory),
     )
     bad = BadSamples(run, config.data.max_bad_fraction, train_loader.places_per_epoch, control)
     bad.restore(start.state["bad_samples"] if start is not None else [])
@@ -98,13 +98,16 @@ def train(task: Task, device: torch.device, control: dist.ProcessGroup) -> None:
     def validation() -> dict[str, float]:
         if config.data.val_split is None:
             return {}
+        source = validation_source(config.data)
+        samples = load_manifest(source.storage, source.split).samples
         loader = make_loader(
-            [ClipSource(data, config.data.val_split, config.data.stride, crop_scales=None)],
+            [source],
             position=0,
             global_batch=config.train.micro_batch * dist.get_world_size(),
             workers=min(config.data.workers, 2),
-            stop_position=_validation_clips(data, config),
+            stop_position=min(samples, config.validation.max_clips),
             shuffle=False,
+            options=validation_options(config.data, pin_memory=pin_memory),
         )
         result = validate(engine, loader, config.model, control)
         if tracker is not None and result.picture is not None:
@@ -181,16 +184,6 @@ def train(task: Task, device: torch.device, control: dist.ProcessGroup) -> None:
         metrics |= validation()
     if rank == 0:
         run.write_bytes(RESULT, json.dumps(metrics, indent=1).encode())
-
-
-def _data_path(config: RunConfig) -> str:
-    assert config.data.path is not None, "checked before launch"
-    return config.data.path
-
-
-def _validation_clips(data: Storage, config: RunConfig) -> int:
-    assert config.data.val_split is not None
-    return min(load_manifest(data, config.data.val_split).samples, config.validation.max_clips)
 
 
 def _say(rank: int, line: str) -> None:
