@@ -231,7 +231,7 @@ def _worker(payload: dict[str, Any]) -> None:
         mlflow_run_id=payload["mlflow_run_id"],
     )
     try:
-        train(task, device, control, guard=lambda: None)
+        train(task, device, control)
     except RunStoppedError as error:  # returning is what keeps Ray Train from a restart
         if dist.get_rank() == 0:
             Storage(task.config.run.storage_path).child(task.config.run.name).write_bytes(

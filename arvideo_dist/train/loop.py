@@ -11,7 +11,6 @@ import functools
 import io
 import json
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -52,11 +51,10 @@ class Task:
     mlflow_run_id: str
 
 
-def train(task: Task, device: torch.device, control: dist.ProcessGroup, guard: Callable[[], None]) -> None:
+def train(task: Task, device: torch.device, control: dist.ProcessGroup) -> None:
     """Train from the latest complete checkpoint to the end of the run; leaves the final metrics in `RESULT`.
 
-    Called on every rank with the default process group up; `control` is a gloo group for host values. `guard`
-    raises where this process may no longer write to the run.
+    Called on every rank with the default process group up; `control` is a gloo group for host values.
     """
     config, derived = task.config, task.derived
     rank, global_batch, total_steps = dist.get_rank(), derived.global_batch, derived.total_steps
@@ -85,7 +83,7 @@ def train(task: Task, device: torch.device, control: dist.ProcessGroup, guard: C
         start.load_optimizer(engine)
     position = start.state["position"] if start is not None else 0
     step = start.state["step"] if start is not None else 0
-    saver = Saver(run, engine, config.run, guard=guard, say=functools.partial(_say, rank))
+    saver = Saver(run, engine, config.run, say=functools.partial(_say, rank))
     _say(rank, f"continues from {start}, step {step}" if start else f"starts from {origin}")
 
     data = Storage(_data_path(config))
@@ -130,10 +128,10 @@ def train(task: Task, device: torch.device, control: dist.ProcessGroup, guard: C
             _say(rank, f"step {step}  " + "  ".join(f"{k} {v:.4f}" for k, v in result.metrics.items()))
         return result.metrics
 
-    def state() -> dict[str, Any]:
+    def save() -> None:
         # No random states: every draw is keyed by (seed, place), so seed and position are all there is to them.
-        # The model draws nothing while it trains (tests/train/test_random_state.py).
-        return {
+        # The model draws nothing while it trains (tests/train/test_saver.py).
+        state: dict[str, Any] = {
             "position": position,
             "step": step,
             "bad_samples": bad.listed(),
@@ -144,6 +142,11 @@ def train(task: Task, device: torch.device, control: dist.ProcessGroup, guard: C
             "derived": asdict(derived),
             "versions": checkpoints.versions(),
         }
+        failure = saver.request(step, state)
+        if failure is not None:
+            _say(rank, f"step {step}  the checkpoint before this one failed: {failure}")
+            if tracker is not None:
+                tracker.tag("arvideo.failed_checkpoint", failure)
 
     batches = iter(train_loader)
     meter = Meter(device, control)
@@ -197,11 +200,7 @@ def train(task: Task, device: torch.device, control: dist.ProcessGroup, guard: C
             validated_at = step
             meter.reset()
         if facts.save_due or saver.due_by_step(step) or step == total_steps:
-            failure = saver.request(step, state())
-            if failure is not None:
-                _say(rank, f"step {step}  the checkpoint before this one failed: {failure}")
-                if tracker is not None:
-                    tracker.tag("arvideo.failed_checkpoint", failure)
+            save()
     saver.finish()
 
     if validated_at < total_steps:  # the run had ended before: the same figures again, for the summary

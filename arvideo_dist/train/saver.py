@@ -68,15 +68,13 @@ class Saver:
         run: Storage,
         engine: Engine,
         options: RunConfigSection,
-        *,
-        guard: Callable[[], None],
         say: Callable[[str], None],
     ) -> None:
-        """`guard` raises where this process may no longer write to the run; every rank calls it before it writes
-        or deletes, rank 0 again right before the manifest appears. `say` gets rank 0's line for people.
+        """Everything is written and deleted through `run`, which may refuse. `say` gets a line from rank 0 for
+        each complete checkpoint.
         """
         self._run, self._engine, self._options = run, engine, options
-        self._guard, self._say = guard, say
+        self._say = say
         self._rank, self._world_size = dist.get_rank(), dist.get_world_size()
         # The step loop uses its groups while the background thread uses this one.
         self._group = dist.new_group(backend="gloo", timeout=_TIMEOUT)
@@ -156,15 +154,10 @@ class Saver:
 
         def prepare() -> str | None:
             self._snapshot.complete()
-            self._guard()
             if self._rank:
                 return None
             discard(self._run, name)  # what a killed save left or damage made useless, if anything
             return secrets.token_hex(4)
-
-        def write_part() -> tuple[FileEntry, list[FragmentEntry]]:
-            self._guard()
-            return self._snapshot.write(self._run, folder, part)
 
         def publish() -> None:
             if self._rank == 0:
@@ -175,7 +168,7 @@ class Saver:
         token = self._together(folder, prepare)[0]
         # The token makes the names this save's own: no straggler of another attempt can write over its parts.
         part = f"part-{self._rank:05d}-of-{self._world_size:05d}-{token}.safetensors"
-        written = self._together(folder, write_part)
+        written = self._together(folder, lambda: self._snapshot.write(self._run, folder, part))
         self._together(folder, publish)
 
     def _together(self, folder: str, action: Callable[[], Result]) -> list[Result]:
@@ -212,9 +205,7 @@ class Saver:
         )
         check_coverage(manifest)
         self._run.write_bytes(f"{folder}/{STATE}", content)
-        with self._run.writing(f"{folder}/{MANIFEST}") as aside:
-            aside.write_bytes(manifest.model_dump_json(indent=1).encode())
-            self._guard()
+        self._run.write_bytes(f"{folder}/{MANIFEST}", manifest.model_dump_json(indent=1).encode())
 
 
 class _Snapshot:

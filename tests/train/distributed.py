@@ -47,8 +47,8 @@ def _rank(
 
 
 def make_saver(run: Storage, engine: Engine, **options: Any) -> Saver:
-    """A saver that nothing keeps from writing, with fields of RunConfigSection as `options`."""
-    return Saver(run, engine, RunConfigSection(**options), guard=lambda: None, say=lambda line: None)
+    """A silent saver with fields of RunConfigSection as `options`."""
+    return Saver(run, engine, RunConfigSection(**options), say=lambda line: None)
 
 
 def save_checkpoint(run: Storage, engine: Engine, step: int, state: dict[str, Any], **options: Any) -> None:

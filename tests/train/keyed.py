@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -14,6 +15,7 @@ from arvideo_dist.data.loader import Batch
 from arvideo_dist.data.order import places_of_rank
 from arvideo_dist.model.arvideo import ARVideo
 from arvideo_dist.model.kinds import make_sequences
+from arvideo_dist.model.vit import ENCODER_SIZES, EncoderSize
 from arvideo_dist.storage import Storage
 from arvideo_dist.train.checkpoint import Checkpoint, complete_checkpoints
 from arvideo_dist.train.engine import Engine
@@ -31,8 +33,10 @@ BAD_PLACE = 5
 
 
 def new_model() -> ARVideo:
+    """The same weights each time; smaller than any configuration's, so that many runs take seconds."""
     torch.manual_seed(7)
-    return ARVideo(MODEL, DECODER)
+    with mock.patch.dict(ENCODER_SIZES, {MODEL.encoder: EncoderSize(width=64, depth=1, heads=1)}):
+        return ARVideo(MODEL, DECODER)
 
 
 def new_engine(model: ARVideo, stage: int) -> Engine:
