@@ -138,10 +138,12 @@ class DataConfig(Section):
 class ModelConfig(Section):
     """Geometry of the clip, its tokens and clusters (paper 3.3), and the encoder."""
 
-    kind: Literal["arvideo", "videomae"] = Field(
+    kind: Literal["arvideo", "videomae", "randsac"] = Field(
         "arvideo",
-        description="pretraining method; videomae has no clusters and masks tubes (its paper: model.mask_ratio "
-        "0.9, decoder.width 384)",
+        description="pretraining method. arvideo with cluster 1,1,1 and order spatial_first is TokenGPT, and with "
+        "tubelet 1,1,1 besides iGPT, whose tokens are pixels. videomae has no clusters and masks tubes (its paper: "
+        "model.mask_ratio 0.9, decoder.width 384). randsac's decoder has learned skip connections and its clusters "
+        "are squares in random order. jobs/paper/methods has the paper's settings of each",
     )
     encoder: Literal["demo", "tiny", "small", "base", "large", "huge"] = Field(
         "base", description="ViT-Ti/S/B/L/H; demo is 192 wide and 6 deep"
@@ -186,6 +188,8 @@ class ModelConfig(Section):
         if self.kind == "videomae":
             self._check_videomae(grid)
             return self
+        if self.kind == "randsac":
+            self._check_randsac()
         if any(size % k for size, k in zip(grid, self.cluster, strict=True)):
             fits = ["|".join(str(k) for k in range(1, size + 1) if size % k == 0) for size in grid]
             raise ValueError(
@@ -201,6 +205,21 @@ class ModelConfig(Section):
                 f"{self.cluster} makes {clusters} clusters of the token grid {grid}"
             )
         return self
+
+    @model_validator(mode="after")
+    def _check_target_norm(self) -> ModelConfig:
+        if self.target_norm == "per_channel" and self.tubelet == (1, 1, 1):
+            raise ValueError(
+                "target_norm per_channel takes each channel's mean and deviation over a cube's pixels, of which "
+                "tubelet (1, 1, 1) has one: set target_norm to none"
+            )
+        return self
+
+    def _check_randsac(self) -> None:
+        if self.cluster[1] != self.cluster[2]:
+            raise ValueError(f"cluster {self.cluster}: randsac's segments are squares; set K_H and K_W alike")
+        if self.order != "random":
+            raise ValueError(f"order {self.order}: randsac's segments are in random order; leave order unset")
 
     def _check_videomae(self, grid: Triple) -> None:
         own = {"cluster", "order", "min_context_clusters"}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from arvideo_dist.activations import activation_bytes_per_clip, activation_bytes_per_pass
 from arvideo_dist.config import RunConfig
 from arvideo_dist.data.order import accumulation_steps
 from arvideo_dist.flops import forward_backward_flops, parameter_count
@@ -21,6 +22,8 @@ class Derived:
     decoder_queries: int
     parameters: int
     gflops_per_clip: float  # forward and backward
+    activation_mb_per_clip: float  # kept for the backward pass, 1e6 bytes in fp32; bf16 autocast keeps less
+    activation_mb_per_pass: float  # besides, however many clips a micro batch has
     global_batch: int
     world_size: int  # with cluster.workers [min,max]: max, until the workers know how many they are
     micro_batch: int
@@ -72,6 +75,8 @@ def derive(config: RunConfig, samples: int | None) -> Derived:
         decoder_queries=sequences.decoder_queries,
         parameters=parameter_count(config.model, config.decoder),
         gflops_per_clip=forward_backward_flops(config.model, config.decoder) / 1e9,
+        activation_mb_per_clip=activation_bytes_per_clip(config.model, config.decoder) / 1e6,
+        activation_mb_per_pass=activation_bytes_per_pass(config.model, config.decoder) / 1e6,
         global_batch=train.global_batch,
         world_size=world_size,
         micro_batch=train.micro_batch,

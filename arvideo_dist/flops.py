@@ -26,7 +26,11 @@ def forward_backward_flops(model: ModelConfig, decoder: DecoderConfig) -> int:
         per_block = 2 * (n + m) * 12 * w * w + 4 * (n + m) ** 2 * w
     else:
         per_block = _cross_attention_block_flops(n, m, w, decoder.self_attention)
-    decode = 2 * n * d * w + decoder.depth * per_block + 2 * m * w * cube
+    maps, skip = 1, 0  # feature maps that the decoder attends to, and what it costs to mix them
+    if model.kind == "randsac":
+        maps = decoder.depth
+        skip = 2 * maps * size.depth * n * d
+    decode = skip + 2 * maps * n * d * w + decoder.depth * per_block + 2 * m * w * cube
     # Backward costs twice the forward, except that pixels need no gradient.
     return 3 * (embed + encoder + decode) - embed
 

@@ -4,6 +4,9 @@ Order, later wins: the defaults of `config.py`, a YAML file (`--config FILE`, or
 `ARVIDEO_CONFIG` names), the environment (`ARVIDEO__SECTION__FIELD`), the command line
 (`--section.field value`). Unknown keys are refused everywhere. What the user did wrong is a ConfigError,
 before anything else happens.
+
+A YAML file may begin with `extends: FILE` or a list of files, relative to itself: it changes single fields of
+theirs, and later ones those of earlier ones. A list such as `model.cluster` is one field.
 """
 
 from __future__ import annotations
@@ -103,23 +106,42 @@ def _only_fields(flags: argparse.Namespace) -> dict[str, Any]:
 
 
 def _read_yaml(file: str | None) -> dict[str, Any]:
-    if file is None:
-        return {}
+    return {} if file is None else _read_extended(Path(file), f"--config {file}", ())
+
+
+def _read_extended(file: Path, named: str, below: tuple[Path, ...]) -> dict[str, Any]:
+    """The sections of `file` over those of the files that it extends; `below`: the files that led here."""
     try:
-        content = yaml.safe_load(Path(file).read_text())
+        content = yaml.safe_load(file.read_text())
     except OSError as error:
-        raise ConfigError(
-            f"--config {file}: {error.strerror or error}; give the path of a YAML file"
-        ) from error
+        raise ConfigError(f"{named}: {error.strerror or error}; give the path of a YAML file") from error
     except yaml.YAMLError as error:
-        raise ConfigError(f"--config {file} is not valid YAML: {error}") from error
+        raise ConfigError(f"{named} is not valid YAML: {error}") from error
     if content is None:
-        return {}
+        content = {}
     if not isinstance(content, dict):
-        raise ConfigError(
-            f"--config {file}: expected sections such as `train:`, found {type(content).__name__}"
-        )
-    return content
+        raise ConfigError(f"{named}: expected sections such as `train:`, found {type(content).__name__}")
+    bases = content.pop("extends", [])
+    bases = [bases] if isinstance(bases, str) else bases
+    if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
+        raise ConfigError(f"{named}: extends: expected a file or a list of files, found {bases!r}")
+    below = (*below, file.resolve())
+    merged: dict[str, Any] = {}
+    for base in bases:
+        path = file.parent / base
+        if path.resolve() in below:
+            raise ConfigError(f"{named}: extends: {base} leads back to {path.name}; no file may extend itself")
+        merged = _overlay(merged, _read_extended(path, f"{named}: extends: {base}", below))
+    return _overlay(merged, content)
+
+
+def _overlay(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """`base` with the sections' fields that `changes` names replaced."""
+    merged = dict(base)
+    for section, fields in changes.items():
+        both_are_sections = isinstance(fields, dict) and isinstance(base.get(section), dict)
+        merged[section] = {**base[section], **fields} if both_are_sections else fields
+    return merged
 
 
 def _refuse_unknown_environment() -> None:

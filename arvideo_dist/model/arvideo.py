@@ -1,6 +1,7 @@
 """ARVideo: block-causal encoder, cross-attention decoder, pixels of every next cluster (paper 3.3).
 
-Letters: B clips, L tokens of the grid, N encoder tokens, M decoder queries, D width, P values of a cube.
+Letters: B clips, L tokens of the grid, N encoder tokens, M decoder queries, D width, P values of a cube,
+S feature maps of the encoder: one, or one for each decoder block.
 """
 
 from __future__ import annotations
@@ -75,16 +76,22 @@ class Decoder(nn.Module):
 
     def forward(
         self,
-        features_bnd: torch.Tensor,
+        features_sbnd: torch.Tensor,
         context_ids_bn: torch.Tensor,
         target_ids_bm: torch.Tensor,
         mask_mn: torch.Tensor,
         query_mask_mm: torch.Tensor | None,
     ) -> torch.Tensor:
-        """Predicted cubes [B, M, P] for grid positions `target_ids_bm`; `query_mask_mm`: for self-attention."""
-        context_bnd = self.embed(features_bnd) + gather_tokens(self.positions, context_ids_bn)
+        """Predicted cubes [B, M, P] for grid positions `target_ids_bm`.
+
+        `features_sbnd`: S = 1 for features that all blocks attend to, else those of each block;
+        `query_mask_mm`: for self-attention.
+        """
+        contexts_sbnd = self.embed(features_sbnd) + gather_tokens(self.positions, context_ids_bn)
         x_bmd = self.query_token + gather_tokens(self.positions, target_ids_bm)
-        for block in self.blocks:
+        for block, context_bnd in zip(
+            self.blocks, contexts_sbnd.expand(len(self.blocks), -1, -1, -1), strict=True
+        ):
             x_bmd = block(x_bmd, context_bnd, mask_mn, query_mask_mm)
         return self.head(self.norm(x_bmd))
 
@@ -115,8 +122,8 @@ class ARVideo(PretrainingModel):
     def predict(
         self, cubes_bnp: torch.Tensor, context_ids_bn: torch.Tensor, target_ids_bm: torch.Tensor
     ) -> torch.Tensor:
-        features_bnd = self.encoder(cubes_bnp, context_ids_bn, self.encoder_mask)
-        return self.decoder(features_bnd, context_ids_bn, target_ids_bm, self.decoder_mask, self.query_mask)
+        features_sbnd = self.encoder(cubes_bnp, context_ids_bn, self.encoder_mask).unsqueeze(0)
+        return self.decoder(features_sbnd, context_ids_bn, target_ids_bm, self.decoder_mask, self.query_mask)
 
 
 def make_clusters(model: ModelConfig, decoder: DecoderConfig) -> Clusters:

@@ -5,9 +5,14 @@ from __future__ import annotations
 from arvideo_dist.config import DecoderConfig, ModelConfig
 from arvideo_dist.model.arvideo import ARVideo, make_clusters
 from arvideo_dist.model.pretraining import PretrainingModel, Sequences
+from arvideo_dist.model.randsac import RandSAC
 from arvideo_dist.model.videomae import TubeMasking, VideoMAE
 
-_MODELS: dict[str, type[ARVideo] | type[VideoMAE]] = {"arvideo": ARVideo, "videomae": VideoMAE}
+_MODELS: dict[str, type[ARVideo] | type[VideoMAE]] = {
+    "arvideo": ARVideo,
+    "videomae": VideoMAE,
+    "randsac": RandSAC,
+}
 
 
 def build_model(model: ModelConfig, decoder: DecoderConfig) -> PretrainingModel:

@@ -9,6 +9,7 @@ P = P_T P_H P_W C pixel values of a cube.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -165,10 +166,18 @@ class Encoder(nn.Module):
         self, cubes_bnp: torch.Tensor, ids_bn: torch.Tensor, mask_nn: torch.Tensor | None = None
     ) -> torch.Tensor:
         """Features [B, N, D] of normalised cubes [B, N, P] that stand at grid positions `ids_bn`."""
+        for x_bnd in self.layers(cubes_bnp, ids_bn, mask_nn):  # noqa: B007 - the last one is used
+            pass
+        return self.norm(x_bnd)
+
+    def layers(
+        self, cubes_bnp: torch.Tensor, ids_bn: torch.Tensor, mask_nn: torch.Tensor | None = None
+    ) -> Iterator[torch.Tensor]:
+        """The output [B, N, D] of each block in turn, before the final norm."""
         x_bnd = self.patch_embed(cubes_bnp) + gather_tokens(self.positions, ids_bn)
         for block in self.blocks:
             x_bnd = block(x_bnd, mask_nn)
-        return self.norm(x_bnd)
+            yield x_bnd
 
 
 def initialise(module: nn.Module) -> None:

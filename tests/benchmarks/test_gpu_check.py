@@ -29,6 +29,7 @@ def _load() -> ModuleType:
         encoder="demo", frames=8, image_size=64, tubelet=(2, 8, 8), cluster=(2, 4, 4)
     )
     module.SMALL_DECODER = DecoderConfig(width=64, depth=1)  # type: ignore[attr-defined]
+    module.METHODS["randsac"][0]["cluster"] = (1, 4, 4)
     return module
 
 
@@ -59,7 +60,7 @@ def test_script_needs_only_torch_pydantic_and_deepspeed() -> None:
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-@pytest.mark.parametrize("name", ["check_bf16_against_fp32", "check_no_leak"])
+@pytest.mark.parametrize("name", ["check_bf16_against_fp32", "check_no_leak", "check_planes_to_clips"])
 def test_model_checks_pass_on_the_cpu(name: str) -> None:
     result = getattr(_load(), name)(torch.device("cpu"))
     assert result["passed"], result
