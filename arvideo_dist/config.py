@@ -32,8 +32,19 @@ class RunConfigSection(Section):
         description="auto: from the latest complete checkpoint if there is one; must: refuse to start "
         "without one; never: refuse to start where there is one",
     )
+    allow_change: tuple[str, ...] = Field(
+        (),
+        description="fields, such as train.epochs, that may differ from the checkpoint's though they alter the "
+        "result; others that do are refused on resume",
+    )
     checkpoint_every_steps: PositiveInt = Field(500, description="optimiser steps between checkpoints")
-    keep_last: PositiveInt = Field(2, description="complete checkpoints kept; older ones are deleted")
+    checkpoint_every_minutes: float | None = Field(
+        30.0, gt=0, description="minutes after which a checkpoint is due earlier; null: by steps alone"
+    )
+    keep_last: PositiveInt = Field(2, description="newest complete checkpoints kept; older ones are deleted")
+    keep_every: PositiveInt | None = Field(
+        None, description="checkpoints of steps that this divides are made and kept for good; null: none"
+    )
     max_restarts: int = Field(3, ge=0, description="restarts after a lost worker before the run fails")
     lease_s: float = Field(
         60.0,

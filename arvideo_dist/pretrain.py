@@ -57,7 +57,8 @@ def _print_start(config: RunConfig, derived: Derived) -> None:
         clusters = f"{derived.clusters} clusters, {derived.kept_tokens_per_cluster} kept tokens each; "
     print(
         f"run {config.run.name}: {config.model.encoder} encoder, {derived.parameters / 1e6:.1f} M parameters, "
-        f"{derived.gflops_per_clip:.1f} GFLOP and {derived.activation_mb_per_clip:.0f} MB of fp32 activations a clip\n"
+        f"{derived.gflops_per_clip:.1f} GFLOP and {derived.activation_mb_per_clip:.0f} MB of fp32 activations "
+        "a clip\n"
         f"tokens: {clusters}{derived.encoder_tokens} encoder tokens, {derived.decoder_queries} decoder queries\n"
         f"{derived.batch_line()}\n"
         f"schedule: {derived.total_steps} steps over {derived.samples} samples, warm-up "

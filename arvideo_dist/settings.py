@@ -130,7 +130,9 @@ def _read_extended(file: Path, named: str, below: tuple[Path, ...]) -> dict[str,
     for base in bases:
         path = file.parent / base
         if path.resolve() in below:
-            raise ConfigError(f"{named}: extends: {base} leads back to {path.name}; no file may extend itself")
+            raise ConfigError(
+                f"{named}: extends: {base} leads back to {path.name}; no file may extend itself"
+            )
         merged = _overlay(merged, _read_extended(path, f"{named}: extends: {base}", below))
     return _overlay(merged, content)
 

@@ -16,6 +16,7 @@ import tempfile
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
 import pyarrow.fs as pafs
 
@@ -162,6 +163,16 @@ class Storage:
 
     def _before_change(self) -> None:
         """Called before anything is published or removed; a subclass may refuse by raising."""
+
+    @contextlib.contextmanager
+    def streaming(self, name: str) -> Iterator[IO[bytes]]:
+        """A file to write to in pieces; on a clean exit its content appears as member `name`, synced if local."""
+        if self.is_local:
+            with self.writing(name) as aside, open(aside, "wb") as file:
+                yield file
+        else:
+            with self._upload(name) as stream:
+                yield stream
 
     @contextlib.contextmanager
     def _upload(self, name: str) -> Iterator[pafs.NativeFile]:

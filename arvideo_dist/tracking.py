@@ -116,6 +116,10 @@ class Tracker:
             self._last_steps[key] = max((point.step for point in history), default=-1)
         return self._last_steps[key]
 
+    def tag(self, key: str, value: str) -> None:
+        """Set a tag of the run."""
+        self._client.set_tag(self._run_id, key, value)
+
     def log_picture(self, name: str, picture_hwc: np.ndarray) -> None:
         """A uint8 picture [H, W, 3] as artifact `name` (.png)."""
         self._before_write()

@@ -11,12 +11,17 @@ import warnings
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import torch
+from pydantic import ValidationError
+
 from arvideo_dist.config import RunConfig
 from arvideo_dist.data.index import load_manifest
 from arvideo_dist.derived import Derived, derive
 from arvideo_dist.storage import Storage
-from arvideo_dist.train.checkpoint import FOLDER, complete_checkpoints
+from arvideo_dist.train import changes
+from arvideo_dist.train.checkpoint import FOLDER, Checkpoint, CheckpointError, complete_checkpoints
 from arvideo_dist.train.data import clips_per_epoch, training_sources
+from arvideo_dist.train.engine import resolve_precision
 from arvideo_dist.train.lease import Lease, LeaseLostError
 from arvideo_dist.train.preemption import stop_on_sigterm, wait_until_gone
 from arvideo_dist.train.stop import Interruption, RunInterruptedError, RunStoppedError
@@ -77,7 +82,8 @@ def check_initial_weights(config: RunConfig) -> None:
 
 
 def check_resume(config: RunConfig) -> None:
-    """Refuse what `run.resume` refuses."""
+    """Refuse what `run.resume` and `run.allow_change` refuse: ValueError."""
+    changes.check_allowed_names(config)
     run = run_folder(config)
     found = complete_checkpoints(run)
     if config.run.resume == "must" and not found:
@@ -90,6 +96,21 @@ def check_resume(config: RunConfig) -> None:
             f"run.resume is 'never' but {run.uri} has checkpoint {found[-1]}: choose another run.name, or "
             "set run.resume to 'auto' to continue it"
         )
+    digests, precision = changes.data_digests(config.data), _precision_if_known(config)
+    for name in reversed(found):
+        try:
+            checkpoint = Checkpoint(run, name)
+        except (CheckpointError, ValidationError, FileNotFoundError):
+            continue  # the workers name what is damaged and use the one before it, and so does this check
+        changes.refuse_changes(checkpoint.state, config, digests, precision, str(checkpoint))
+        return
+
+
+def _precision_if_known(config: RunConfig) -> str | None:
+    """What the workers will compute in, where the cluster's kind does not decide it."""
+    if config.cluster.device == "auto" and config.train.precision == "auto":
+        return None
+    return resolve_precision(config.train, torch.device("cuda" if config.cluster.device == "cuda" else "cpu"))
 
 
 def run_folder(config: RunConfig) -> Storage:
@@ -230,7 +251,6 @@ def _say_if_too_small(config: RunConfig, resources: dict[str, float], use_gpu: b
 
 def _worker(payload: dict[str, Any]) -> Interruption | None:
     """Runs in every Ray Train worker, with the process group up; the driver gets what rank 0 returns."""
-    import torch
     import torch.distributed as dist
     from ray.train import get_preemption_info
     from ray.train.torch import get_device
