@@ -130,7 +130,9 @@ def _read_extended(file: Path, named: str, below: tuple[Path, ...]) -> dict[str,
     for base in bases:
         path = file.parent / base
         if path.resolve() in below:
-            raise ConfigError(f"{named}: extends: {base} leads back to {path.name}; no file may extend itself")
+            raise ConfigError(
+                f"{named}: extends: {base} leads back to {path.name}; no file may extend itself"
+            )
         merged = _overlay(merged, _read_extended(path, f"{named}: extends: {base}", below))
     return _overlay(merged, content)
 
@@ -178,6 +180,7 @@ def _known_keys(location: tuple[int | str, ...]) -> str:
 
 
 def exit_with(error: Exception, code: int) -> NoReturn:
-    """End a command with the message alone: code 2 for what the user set wrong, 1 for a run that failed."""
+    """End a command with the message alone: code 2 for what the user set wrong, 1 for a run that failed, 75
+    (EX_TEMPFAIL) for one that was asked to end and goes on when started again."""
     print(f"error: {error}", file=sys.stderr)
     raise SystemExit(code)

@@ -119,6 +119,7 @@ class Storage:
 
     def delete(self, name: str) -> None:
         """Remove member or folder `name`; nothing happens where it does not exist."""
+        self._before_change()
         kind = self.fs.get_file_info(self.path(name)).type
         if kind == pafs.FileType.Directory:
             self.fs.delete_dir(self.path(name))
@@ -154,10 +155,14 @@ class Storage:
             yield aside
             if aside.exists():
                 sync(aside)
+                self._before_change()
                 os.replace(aside, target)
                 sync(target.parent)
         finally:
             aside.unlink(missing_ok=True)
+
+    def _before_change(self) -> None:
+        """Called before anything is published or removed; a subclass may refuse by raising."""
 
     @contextlib.contextmanager
     def streaming(self, name: str) -> Iterator[IO[bytes]]:
@@ -171,6 +176,7 @@ class Storage:
 
     @contextlib.contextmanager
     def _upload(self, name: str) -> Iterator[pafs.NativeFile]:
+        self._before_change()
         try:
             with self.fs.open_output_stream(self.path(name), compression=None) as stream:
                 yield stream

@@ -29,14 +29,17 @@ from arvideo_dist.tracking import Tracker
 from arvideo_dist.train import changes
 from arvideo_dist.train import checkpoint as checkpoints
 from arvideo_dist.train.agreement import agree
+from arvideo_dist.train.audit import Audit
 from arvideo_dist.train.bad_samples import ARTIFACT, BadSamples
 from arvideo_dist.train.data import loader_options, training_sources
 from arvideo_dist.train.engine import Engine, resolve_precision
+from arvideo_dist.train.lease import Guard
 from arvideo_dist.train.progress import Meter, progress_line
 from arvideo_dist.train.saver import Saver
 from arvideo_dist.train.schedule import learning_rate
-from arvideo_dist.train.stop import RunStoppedError
+from arvideo_dist.train.stop import Interruption, RunStoppedError
 from arvideo_dist.train.validate import validate
+from arvideo_dist.train.watch import Watch
 
 RESULT = "result.json"  # in the run's folder, once the run has ended: its final metrics, or why it stopped
 
@@ -49,19 +52,21 @@ class Task:
     derived: Derived
     tracking_uri: str
     mlflow_run_id: str
+    lease: Guard
 
 
-def train(task: Task, device: torch.device, control: dist.ProcessGroup) -> None:
+def train(task: Task, device: torch.device, control: dist.ProcessGroup, watch: Watch) -> Interruption | None:
     """Train from the latest complete checkpoint to the end of the run; leaves the final metrics in `RESULT`.
 
-    Called on every rank with the default process group up; `control` is a gloo group for host values.
+    Called on every rank with the default process group up; `control` is a gloo group for host values. Where
+    `watch` says so, the run saves and leaves at a step boundary; the interruption is returned.
     """
-    config, derived = task.config, task.derived
+    config, derived = task.config, task.derived.at_world_size(dist.get_world_size())
     rank, global_batch, total_steps = dist.get_rank(), derived.global_batch, derived.total_steps
     assert total_steps is not None
     assert derived.warmup_steps is not None
-    run = Storage(config.run.storage_path).child(config.run.name)
-    tracker = Tracker(task.tracking_uri, task.mlflow_run_id) if rank == 0 else None
+    run = task.lease.storage()
+    tracker = Tracker(task.tracking_uri, task.mlflow_run_id, task.lease.check) if rank == 0 else None
 
     torch.manual_seed(config.run.seed)
     model = build_model(config.model, config.decoder)
@@ -85,6 +90,8 @@ def train(task: Task, device: torch.device, control: dist.ProcessGroup) -> None:
     step = start.state["step"] if start is not None else 0
     saver = Saver(run, engine, config.run, say=functools.partial(_say, rank))
     _say(rank, f"continues from {start}, step {step}" if start else f"starts from {origin}")
+    if derived.world_size != task.derived.world_size:
+        _say(rank, derived.batch_line())
 
     data = Storage(_data_path(config))
     make_loader = functools.partial(
@@ -107,6 +114,7 @@ def train(task: Task, device: torch.device, control: dist.ProcessGroup) -> None:
     )
     bad = BadSamples(run, config.data.max_bad_fraction, train_loader.places_per_epoch, control)
     bad.restore(start.state["bad_samples"] if start is not None else [])
+    audit = Audit(task.lease, step, control) if config.run.audit else None
 
     def validation() -> dict[str, float]:
         if config.data.val_split is None:
@@ -129,6 +137,8 @@ def train(task: Task, device: torch.device, control: dist.ProcessGroup) -> None:
         return result.metrics
 
     def save() -> None:
+        if audit is not None:
+            audit.flush()
         # No random states: every draw is keyed by (seed, place), so seed and position are all there is to them.
         # The model draws nothing while it trains (tests/train/test_saver.py).
         state: dict[str, Any] = {
@@ -151,13 +161,16 @@ def train(task: Task, device: torch.device, control: dist.ProcessGroup) -> None:
     batches = iter(train_loader)
     meter = Meter(device, control)
     metrics: dict[str, float] = {}
-    validated_at, bad_logged = -1, 0
-    while step < total_steps:
+    validated_at, saved_at, bad_logged = -1, step, 0
+    interruption: Interruption | None = None
+    while step < total_steps and interruption is None:
         began = time.perf_counter()
         micro_batches = next(batches)
         meter.waited(time.perf_counter() - began)
-        facts = agree(micro_batches, saver.due_by_time(), control)
+        facts = agree(micro_batches, control, save_due=saver.due_by_time(), look=watch.due())
         try:
+            if facts.look and (interruption := watch.look(step)) is not None:
+                break
             bad.account(micro_batches, facts.bad_samples, position)
         except RunStoppedError:  # on all ranks, so that they can still end the save in flight
             saver.finish()
@@ -175,6 +188,8 @@ def train(task: Task, device: torch.device, control: dist.ProcessGroup) -> None:
         gradient_norm = engine.apply(rate)
         position += global_batch
         step += 1
+        if audit is not None:
+            audit.applied(step, micro_batches)
 
         if step % config.train.log_every_steps == 0 or step == total_steps:
             point = meter.point(loss_sum, facts.total_weight, global_batch)
@@ -201,12 +216,18 @@ def train(task: Task, device: torch.device, control: dist.ProcessGroup) -> None:
             meter.reset()
         if facts.save_due or saver.due_by_step(step) or step == total_steps:
             save()
+            saved_at = step
+    if interruption is not None and step > saved_at:
+        save()
     saver.finish()
 
+    if interruption is not None:
+        return interruption
     if validated_at < total_steps:  # the run had ended before: the same figures again, for the summary
         metrics |= validation()
     if rank == 0:
         run.write_bytes(RESULT, json.dumps(metrics, indent=1).encode())
+    return None
 
 
 def _data_path(config: RunConfig) -> str:

@@ -173,7 +173,7 @@ def _votes(engine: Engine) -> list[bool]:
     )
     due = []
     for _ in range(3):
-        due.append(agree([micro_batch([0])], saver.due_by_time(), control).save_due)
+        due.append(agree([micro_batch([0])], control, save_due=saver.due_by_time(), look=False).save_due)
         if dist.get_rank() == 0:
             saver._requested_at -= 31
     return [*due, *(saver.due_by_step(step) for step in (100, 6, 7))]
@@ -189,7 +189,7 @@ def _agree_on_bad() -> tuple[float, int]:
     assert control is not None
     batch = micro_batch([5, 6] if dist.get_rank() else [7, -1])
     batch.bad = [BadRecord(5, "shard", "key", "reason")] * dist.get_rank()
-    facts = agree([batch], False, control)
+    facts = agree([batch], control, save_due=False, look=False)
     return facts.total_weight, facts.bad_samples
 
 
