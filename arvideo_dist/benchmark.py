@@ -30,11 +30,21 @@ def main(argv: list[str] | None = None) -> None:
     order = subjects.add_parser("order", help="seconds and memory of the sample order over a large index")
     order.add_argument("--samples", type=int, default=10**8, help="rows of the index (default: 10^8)")
     order.add_argument("--seeks", type=int, default=50, help="random positions (default: 50)")
+    checkpoint = subjects.add_parser("checkpoint", help="extra wall time of an asynchronous save")
+    checkpoint.add_argument("--encoder", default="base", help="model.encoder (default: base)")
+    checkpoint.add_argument(
+        "--folder", type=Path, default=Path("build/checkpoint-benchmark"), help="on the disk to be measured"
+    )
+    checkpoint.add_argument("--rounds", type=int, default=6, help="(default: 6)")
+    checkpoint.add_argument("--steps", type=int, default=8, help="after each save (default: 8)")
+    checkpoint.add_argument(
+        "--threads", type=int, default=1, help="as Ray gives a worker of cluster.cpus_per_worker (default: 1)"
+    )
     for subject in subjects.choices.values():
         subject.add_argument("--json", type=Path, required=True, help="result file")
     flags = parser.parse_args(argv)
     try:
-        result = {"loader": _loader, "order": _order}[flags.subject](flags)
+        result = {"loader": _loader, "order": _order, "checkpoint": _checkpoint}[flags.subject](flags)
     except ValueError as error:
         exit_with(error, 2)
     write_json(flags.json, {"subject": flags.subject} | environment() | result)
@@ -46,6 +56,18 @@ def _order(flags: argparse.Namespace) -> dict[str, Any]:
 
     configuration = {"samples": flags.samples, "seeks": flags.seeks}
     return {"configuration": configuration} | run(**configuration, say=print)
+
+
+def _checkpoint(flags: argparse.Namespace) -> dict[str, Any]:
+    from arvideo_dist.bench.checkpoint import Plan, run
+
+    plan = Plan(flags.encoder, flags.folder, flags.rounds, flags.steps, flags.threads)
+    result = run(plan, say=lambda line: print(line, flush=True))
+    for kind in ("synchronous", "asynchronous"):
+        extra = result[f"{kind}_extra_s"]
+        print(f"{kind:<13} {extra['mean']:.2f} s a save (+- {extra['deviation']:.2f})")
+    print(f"ratio         {result['asynchronous_to_synchronous']:.2f}")
+    return {"configuration": asdict(plan) | {"folder": str(plan.folder)}} | result
 
 
 def _loader(flags: argparse.Namespace) -> dict[str, Any]:

@@ -5,9 +5,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 PositiveInt = Annotated[int, Field(gt=0)]
 Triple = tuple[PositiveInt, PositiveInt, PositiveInt]
@@ -32,9 +32,34 @@ class RunConfigSection(Section):
         description="auto: from the latest complete checkpoint if there is one; must: refuse to start "
         "without one; never: refuse to start where there is one",
     )
+    allow_change: tuple[str, ...] = Field(
+        (),
+        description="fields, such as train.epochs, that may differ from the checkpoint's though they alter the "
+        "result; others that do are refused on resume",
+    )
     checkpoint_every_steps: PositiveInt = Field(500, description="optimiser steps between checkpoints")
-    keep_last: PositiveInt = Field(2, description="complete checkpoints kept; older ones are deleted")
+    checkpoint_every_minutes: float | None = Field(
+        30.0, gt=0, description="minutes after which a checkpoint is due earlier; null: by steps alone"
+    )
+    keep_last: PositiveInt = Field(2, description="newest complete checkpoints kept; older ones are deleted")
+    keep_every: PositiveInt | None = Field(
+        None, description="checkpoints of steps that this divides are made and kept for good; null: none"
+    )
     max_restarts: int = Field(3, ge=0, description="restarts after a lost worker before the run fails")
+    lease_s: float = Field(
+        60.0,
+        ge=3,
+        description="seconds without a sign of life of the driver after which another may take the run over",
+    )
+    preemption_grace_s: float = Field(
+        120.0,
+        gt=0,
+        description="seconds that the workers have after SIGTERM to the driver to end their step and save; then "
+        "the driver ends without a new checkpoint",
+    )
+    audit: bool = Field(
+        False, description="each worker notes at every optimiser step which places of the sequence it applied"
+    )
 
 
 CropScales = Annotated[tuple[Annotated[float, Field(gt=0, le=1)], ...], Field(min_length=1)]
@@ -299,17 +324,44 @@ class ValidationConfig(Section):
     max_clips: PositiveInt = Field(2048, description="first clips of the split that are used")
 
 
+def _worker_range(value: Any) -> Any:
+    """The command line gives a lone number as a list of one; what is neither form gets one message, not two."""
+    numbers = value if isinstance(value, list | tuple) else [value]
+    if len(numbers) not in (1, 2) or not all(str(n).isdecimal() and int(n) > 0 for n in numbers):
+        raise ValueError(f"expected a number above 0, or [min,max], got {value!r}")
+    if int(numbers[0]) > int(numbers[-1]):
+        raise ValueError(f"expected [min,max], got {value!r}: swap them")
+    return int(numbers[0]) if len(numbers) == 1 else (int(numbers[0]), int(numbers[1]))
+
+
 class ClusterConfig(Section):
     """The Ray cluster and the workers on it."""
 
     address: str | None = Field(
         None, description="Ray address; null: join the surrounding cluster or job, else start Ray here"
     )
-    workers: PositiveInt = Field(8, description="training workers (one GPU each, or CPU processes)")
+    workers: Annotated[int | tuple[int, int], BeforeValidator(_worker_range)] = Field(
+        8,
+        description="training workers (one GPU each, or CPU processes); [min,max]: as many as the cluster has room "
+        "for, also when nodes come and go",
+    )
+    resize_interval_s: float = Field(
+        60.0,
+        gt=0,
+        description="with workers [min,max]: seconds between looks whether the cluster has room for more",
+    )
     device: Literal["auto", "cpu", "cuda"] = Field(
         "auto", description="auto: cuda where the cluster has GPUs"
     )
     cpus_per_worker: PositiveInt = Field(1, description="CPU cores that Ray reserves for each worker")
+
+    @property
+    def min_workers(self) -> int:
+        return self.workers if isinstance(self.workers, int) else self.workers[0]
+
+    @property
+    def max_workers(self) -> int:
+        return self.workers if isinstance(self.workers, int) else self.workers[1]
 
 
 class TrackingConfig(Section):

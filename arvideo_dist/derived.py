@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from arvideo_dist.activations import activation_bytes_per_clip, activation_bytes_per_pass
 from arvideo_dist.config import RunConfig
+from arvideo_dist.data.order import accumulation_steps
 from arvideo_dist.flops import forward_backward_flops, parameter_count
 from arvideo_dist.model.clusters import Clusters
 from arvideo_dist.model.kinds import make_sequences
@@ -25,7 +25,7 @@ class Derived:
     activation_mb_per_clip: float  # kept for the backward pass, 1e6 bytes in fp32; bf16 autocast keeps less
     activation_mb_per_pass: float  # besides, however many clips a micro batch has
     global_batch: int
-    world_size: int
+    world_size: int  # with cluster.workers [min,max]: max, until the workers know how many they are
     micro_batch: int
     accumulation_steps: int
     padding_per_step: (
@@ -37,14 +37,30 @@ class Derived:
     total_steps: int | None
     warmup_steps: float | None
 
+    def at_world_size(self, world_size: int) -> Derived:
+        """The same run on `world_size` workers: the global batch stays, accumulation and padding follow."""
+        steps = accumulation_steps(self.global_batch, self.micro_batch, world_size)
+        return replace(
+            self,
+            world_size=world_size,
+            accumulation_steps=steps,
+            padding_per_step=steps * world_size * self.micro_batch - self.global_batch,
+        )
+
+    def batch_line(self) -> str:
+        """How the global batch is made, for the terminal."""
+        return (
+            f"batch: {self.global_batch} clips = {self.world_size} workers x {self.micro_batch} clips x "
+            f"{self.accumulation_steps} accumulation steps (padding {self.padding_per_step})"
+        )
+
 
 def derive(config: RunConfig, samples: int | None) -> Derived:
     """Numbers of a run over `samples` training samples; ValueError where they contradict each other."""
     sequences = make_sequences(config.model, config.decoder)
     clusters = sequences if isinstance(sequences, Clusters) else None
-    train, world_size = config.train, config.cluster.workers
-    per_pass = world_size * train.micro_batch
-    accumulation_steps = math.ceil(train.global_batch / per_pass)
+    train, world_size = config.train, config.cluster.max_workers
+    accumulation = accumulation_steps(train.global_batch, train.micro_batch, world_size)
     total_steps, warmup_steps = train.steps, None
     if samples is not None:
         steps_per_epoch = samples / train.global_batch
@@ -64,8 +80,8 @@ def derive(config: RunConfig, samples: int | None) -> Derived:
         global_batch=train.global_batch,
         world_size=world_size,
         micro_batch=train.micro_batch,
-        accumulation_steps=accumulation_steps,
-        padding_per_step=accumulation_steps * per_pass - train.global_batch,
+        accumulation_steps=accumulation,
+        padding_per_step=accumulation * world_size * train.micro_batch - train.global_batch,
         peak_lr=config.optim.base_lr * lr_scale,
         min_lr=config.optim.base_min_lr * lr_scale,
         samples=samples,

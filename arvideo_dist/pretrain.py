@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from dataclasses import asdict
 
@@ -16,9 +17,11 @@ from arvideo_dist.train.launch import (
     check_resume,
     derive_checked,
     launch,
+    run_folder,
     with_absolute_paths,
 )
-from arvideo_dist.train.stop import RunStoppedError
+from arvideo_dist.train.lease import LeaseLostError, acquire
+from arvideo_dist.train.stop import RunInterruptedError, RunStoppedError
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -35,13 +38,16 @@ def main(argv: list[str] | None = None) -> None:
             return
         config = with_absolute_paths(config)
         derived = derive_checked(config)
-        check_resume(config)
-        _print_start(config, derived)
-        finished = launch(config, derived)
+        with acquire(run_folder(config), config.run.lease_s) as lease:
+            check_resume(config)
+            _print_start(config, derived)
+            finished = launch(config, derived, lease)
     except ValueError as error:
         exit_with(error, 2)
-    except RunStoppedError as error:
+    except (RunStoppedError, LeaseLostError) as error:
         exit_with(error, 1)
+    except RunInterruptedError as error:
+        exit_with(error, os.EX_TEMPFAIL)
     _print_end(config, finished)
 
 
@@ -51,10 +57,10 @@ def _print_start(config: RunConfig, derived: Derived) -> None:
         clusters = f"{derived.clusters} clusters, {derived.kept_tokens_per_cluster} kept tokens each; "
     print(
         f"run {config.run.name}: {config.model.encoder} encoder, {derived.parameters / 1e6:.1f} M parameters, "
-        f"{derived.gflops_per_clip:.1f} GFLOP and {derived.activation_mb_per_clip:.0f} MB of activations a clip\n"
+        f"{derived.gflops_per_clip:.1f} GFLOP and {derived.activation_mb_per_clip:.0f} MB of fp32 activations "
+        "a clip\n"
         f"tokens: {clusters}{derived.encoder_tokens} encoder tokens, {derived.decoder_queries} decoder queries\n"
-        f"batch: {derived.global_batch} clips = {derived.world_size} workers x {derived.micro_batch} clips x "
-        f"{derived.accumulation_steps} accumulation steps (padding {derived.padding_per_step})\n"
+        f"{derived.batch_line()}\n"
         f"schedule: {derived.total_steps} steps over {derived.samples} samples, warm-up "
         f"{derived.warmup_steps:.0f} steps, learning rate {derived.peak_lr:.3g} to {derived.min_lr:.3g}",
         flush=True,

@@ -181,6 +181,7 @@ def _known_keys(location: tuple[int | str, ...]) -> str:
 
 
 def exit_with(error: Exception, code: int) -> NoReturn:
-    """End a command with the message alone: code 2 for what the user set wrong, 1 for a run that failed."""
+    """End a command with the message alone: code 2 for what the user set wrong, 1 for a run that failed, 75
+    (EX_TEMPFAIL) for one that was asked to end and goes on when started again."""
     print(f"error: {error}", file=sys.stderr)
     raise SystemExit(code)

@@ -17,6 +17,7 @@ import tempfile
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
 import pyarrow.fs as pafs
 
@@ -123,6 +124,7 @@ class Storage:
 
     def delete(self, name: str) -> None:
         """Remove member or folder `name`; nothing happens where it does not exist."""
+        self._before_change()
         kind = self.fs.get_file_info(self.path(name)).type
         if kind == pafs.FileType.Directory:
             self.fs.delete_dir(self.path(name))
@@ -158,13 +160,28 @@ class Storage:
             yield aside
             if aside.exists():
                 sync(aside)
+                self._before_change()
                 os.replace(aside, target)
                 sync(target.parent)
         finally:
             aside.unlink(missing_ok=True)
 
+    def _before_change(self) -> None:
+        """Called before anything is published or removed; a subclass may refuse by raising."""
+
+    @contextlib.contextmanager
+    def streaming(self, name: str) -> Iterator[IO[bytes]]:
+        """A file to write to in pieces; on a clean exit its content appears as member `name`, synced if local."""
+        if self.is_local:
+            with self.writing(name) as aside, open(aside, "wb") as file:
+                yield file
+        else:
+            with self._upload(name) as stream:
+                yield stream
+
     @contextlib.contextmanager
     def _upload(self, name: str) -> Iterator[pafs.NativeFile]:
+        self._before_change()
         try:
             with self.fs.open_output_stream(self.path(name), compression=None) as stream:
                 yield stream

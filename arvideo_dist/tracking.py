@@ -11,7 +11,7 @@ import logging
 import shutil
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -50,13 +50,12 @@ def dashboard_command(config: RunConfig) -> str:
     return f"{mlflow} ui --backend-store-uri {uri}"
 
 
-def open_run(config: RunConfig, derived: Mapping[str, Any]) -> str:
-    """Id of the MLflow run of this training run: the one that `run.json` names, or a new one.
+def open_run(config: RunConfig, derived: Mapping[str, Any], folder: Storage) -> str:
+    """Id of the MLflow run of this training run: the one that `run.json` in its `folder` names, or a new one.
 
     Raises ValueError where the tracking server does not know the run any more, or does not answer.
     """
     logging.getLogger("alembic").setLevel(logging.WARNING)
-    folder = Storage(config.run.storage_path).child(config.run.name)
     uri = tracking_uri(config)
     if uri.startswith("sqlite:///"):
         Path(uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
@@ -85,14 +84,16 @@ def open_run(config: RunConfig, derived: Mapping[str, Any]) -> str:
 
 
 def close_run(config: RunConfig, run_id: str, status: str) -> None:
-    """Set the final status: FINISHED or FAILED."""
+    """Set the final status: FINISHED, FAILED, or KILLED for a run that was asked to end."""
     MlflowClient(tracking_uri=tracking_uri(config)).set_terminated(run_id, status)
 
 
 class Tracker:
     """Writes points, pictures and files of one run; each (metric, step) once, also after a restart."""
 
-    def __init__(self, uri: str, run_id: str) -> None:
+    def __init__(self, uri: str, run_id: str, before_write: Callable[[], None]) -> None:
+        """`before_write` is called before everything that is written, and may refuse it by raising."""
+        self._before_write = before_write
         self._client = MlflowClient(tracking_uri=uri)
         self._run_id = run_id
         self._last_steps: dict[str, int] = {}
@@ -103,6 +104,7 @@ class Tracker:
         if not new:
             return
         now = get_current_time_millis()
+        self._before_write()
         self._client.log_batch(
             self._run_id, metrics=[Metric(key, float(value), now, step) for key, value in new.items()]
         )
@@ -114,12 +116,18 @@ class Tracker:
             self._last_steps[key] = max((point.step for point in history), default=-1)
         return self._last_steps[key]
 
+    def tag(self, key: str, value: str) -> None:
+        """Set a tag of the run."""
+        self._client.set_tag(self._run_id, key, value)
+
     def log_picture(self, name: str, picture_hwc: np.ndarray) -> None:
         """A uint8 picture [H, W, 3] as artifact `name` (.png)."""
+        self._before_write()
         self._client.log_image(self._run_id, picture_hwc, artifact_file=name)
 
     def log_bytes(self, name: str, data: bytes) -> None:
         """A file with content `data` as artifact `name`, which may name folders (`folder/file`)."""
+        self._before_write()
         folder, _, file = name.rpartition("/")
         with tempfile.TemporaryDirectory() as scratch:
             local = Path(scratch) / file
@@ -143,7 +151,7 @@ def tracker_of(folder: Storage) -> Tracker:
         MlflowClient(tracking_uri=uri).get_run(run_id)
     except MlflowException as error:
         raise ValueError(f"MLflow at {uri}, named by {folder.uri}/{RUN_FILE}: {error}") from error
-    return Tracker(uri, run_id)
+    return Tracker(uri, run_id, before_write=lambda: None)  # what is added belongs to no training step
 
 
 def _experiment_id(client: MlflowClient, config: RunConfig) -> str:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -60,3 +62,18 @@ def test_videos_that_are_not_the_data_sets_are_refused(
         benchmark.main(["loader", *arguments, "--json", str(tmp_path / "r.json")])
     assert ended.value.code == 2
     assert "0.mp4 is missing: --videos must be the folder" in capsys.readouterr().err
+
+
+def test_checkpoint_reports_every_round_of_both_kinds_of_save(tmp_path: Path) -> None:
+    result = tmp_path / "checkpoint.json"
+    arguments = ["--encoder", "demo", "--rounds", "2", "--steps", "1", "--folder", str(tmp_path / "work")]
+    command = [sys.executable, "-m", "arvideo_dist.benchmark", "checkpoint", *arguments]
+    subprocess.run(
+        [*command, "--json", str(result)], check=True, capture_output=True
+    )  # it makes a process group
+    report = json.loads(result.read_text())
+    assert report["configuration"]["threads"] == 1
+    for kind in ("synchronous", "asynchronous"):
+        extra = [figures[f"{kind}_s"] - figures["none_s"] for figures in report["rounds"]]
+        assert report[f"{kind}_extra_s"]["mean"] == pytest.approx(sum(extra) / 2)
+    assert list((tmp_path / "work").iterdir()) == []

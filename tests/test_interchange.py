@@ -22,9 +22,8 @@ from arvideo_dist.model.arvideo import ARVideo
 from arvideo_dist.model.vit import ENCODER_SIZES, Encoder, to_cubes
 from arvideo_dist.pretrain import main as pretrain
 from arvideo_dist.storage import Storage
-from arvideo_dist.train.checkpoint import save_checkpoint
 from arvideo_dist.train.engine import Engine
-from tests.train.distributed import run_ranks
+from tests.train.distributed import run_ranks, save_checkpoint
 
 MODEL = ModelConfig(encoder="demo", frames=4, image_size=32, tubelet=(2, 16, 16), cluster=(1, 1, 2))
 DECODER = DecoderConfig(width=64, depth=1)
@@ -83,9 +82,7 @@ def _save_runs(folder: str) -> None:
         train = TrainConfig(global_batch=2, micro_batch=1, zero_stage=stage)
         engine = Engine(disturbed_model(), train, OptimConfig(), torch.device("cpu"), 1)
         config = RunConfig(model=MODEL, decoder=DECODER).model_dump(mode="json")
-        group = torch.distributed.group.WORLD
-        assert group is not None
-        save_checkpoint(Storage(f"{folder}/zero-{stage}"), engine, 5, {"config": config}, 1, group)
+        save_checkpoint(Storage(f"{folder}/zero-{stage}"), engine, 5, {"config": config})
 
 
 @pytest.fixture(scope="module")

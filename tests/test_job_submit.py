@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
@@ -12,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from arvideo_dist.storage import Storage
+from arvideo_dist.train.checkpoint import complete_checkpoints
 from tests.conftest import ROOT
 from tests.train.runs import TINY, history, make_data, write_config
 
@@ -46,6 +49,7 @@ def client(folder: Path) -> Iterator[dict[str, str]]:
         "ARVIDEO__DATA__PATH": str(folder / "data"),
         "ARVIDEO__RUN__STORAGE_PATH": str(folder / "runs"),
         "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_JOB_STOP_WAIT_TIME_S": "600",
         "PATH": path,
     }
     head = subprocess.Popen(
@@ -112,3 +116,40 @@ def test_plain_job_takes_configuration_data_and_storage_from_the_environment(
     assert [step for step, _ in history(folder / "runs", "from-environment", "loss/train")] == [1, 2, 3, 4]
     submitted = history(folder / "runs", "submitted", "loss/train")
     assert history(folder / "runs", "from-environment", "loss/train") == submitted
+
+
+@pytest.mark.slow
+def test_job_stop_leaves_a_checkpoint_of_the_step_that_was_running(
+    client: dict[str, str], folder: Path
+) -> None:
+    submitted = [
+        "--no-wait",
+        "--submission-id",
+        "to-be-stopped",
+        "--",
+        "python",
+        "-m",
+        "arvideo_dist.pretrain",
+    ]
+    _submit(client, *submitted, "--run.name", "stopped", "--train.steps", "4000", "--data.val_split", "null")
+    logs = subprocess.Popen(
+        [BIN / "ray", "job", "logs", "--follow", "to-be-stopped"],
+        env=client,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    assert logs.stdout is not None
+    lines = []
+    for line in logs.stdout:
+        lines.append(line)
+        if "step 2/4000" in line:
+            subprocess.run(
+                [BIN / "ray", "job", "stop", "to-be-stopped"], env=client, check=True, capture_output=True
+            )
+    assert logs.wait() == 0, "".join(lines)
+    run = Storage(str(folder / "runs/stopped"))
+    (checkpoint,) = complete_checkpoints(run)
+    assert any(f"saved up to step {int(checkpoint.removeprefix('step-'))};" in line for line in lines), lines
+    (lease,) = run.names("lease")
+    assert json.loads(run.read_bytes(f"lease/{lease}"))["released"]

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from arvideo_dist.config import RunConfig
+from arvideo_dist.derived import Derived, derive
 from arvideo_dist.pretrain import main
 from arvideo_dist.settings import ConfigError, read_config
 
@@ -112,6 +113,9 @@ def test_defaults_are_the_papers_kinetics_recipe() -> None:
             "decoder: target_ratio 0.2 is refused together with self_attention",
         ),
         (["--config", "/nowhere/run.yaml"], {}, "/nowhere/run.yaml: No such file"),
+        (["--cluster.workers", "[3,1]"], {}, "cluster.workers: expected [min,max], got [3, 1]: swap them"),
+        ([], {"ARVIDEO__CLUSTER__WORKERS": "[0,2]"}, "expected a number above 0, or [min,max], got [0, 2]"),
+        (["--cluster.workers", "many"], {}, "cluster.workers: expected a number above 0, or [min,max]"),
     ],
 )
 def test_what_is_wrong_is_named_with_its_remedy(
@@ -168,6 +172,23 @@ def test_dry_run_prints_the_derived_numbers_as_one_json_object(capsys: pytest.Ca
     # 2048 clips by 3 workers x 32: 22 passes with room for 2112
     assert (derived["accumulation_steps"], derived["padding_per_step"]) == (22, 64)
     assert derived["total_steps"] is None
+
+
+def test_worker_range_is_planned_for_its_maximum_and_keeps_the_global_batch_at_any_count(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ARVIDEO__CLUSTER__WORKERS", "[5,7]")
+    config, _ = read_config([])
+    assert (config.cluster.min_workers, config.cluster.max_workers) == (5, 7)
+    assert RunConfig.model_validate(config.model_dump(mode="json")) == config
+    main(["--dry-run"])
+    planned = Derived(**json.loads(capsys.readouterr().out))
+    assert planned.world_size == 7
+    for workers in (5, 6, 7):
+        there = planned.at_world_size(workers)
+        monkeypatch.setenv("ARVIDEO__CLUSTER__WORKERS", str(workers))
+        assert there == derive(read_config([])[0], samples=None)
+        assert there.accumulation_steps * workers * 32 - there.padding_per_step == there.global_batch == 2048
 
 
 def test_help_documents_every_field(capsys: pytest.CaptureFixture[str]) -> None:

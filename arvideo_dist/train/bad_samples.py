@@ -8,7 +8,6 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-import torch
 import torch.distributed as dist
 
 from arvideo_dist.data.loader import BadRecord, Batch
@@ -42,30 +41,24 @@ class BadSamples:
         """JSON form, for the checkpoint."""
         return [asdict(record) for record in self._records.values()]
 
-    def account(self, batches: Sequence[Batch], position: int) -> float:
-        """Collective: the weight of the whole global batch over all ranks; lists its bad samples.
+    def account(self, batches: Sequence[Batch], total: int, position: int) -> None:
+        """Collective where `total`, the number of bad samples in the ranks' `batches`, is not 0: lists them.
 
         `position`: places consumed before this batch. A small data set's first bad sample is not yet a large
         share of anything, so the fraction is of the places consumed or of one epoch, whichever is more.
         Raises RunStoppedError, on every rank.
         """
-        bad = [record for batch in batches for record in batch.bad]
-        weight = float(sum(batch.weights.sum() for batch in batches))
-        sums = torch.tensor([weight, float(len(bad))], dtype=torch.float64)
-        dist.all_reduce(sums, group=self._control)
-        total_weight, total_bad = sums.tolist()
-        if total_bad:
-            self._add(bad)
-            limit = self._max_fraction * max(position, self._num_samples)
-            if len(self) > limit:
-                last = next(reversed(self._records.values()))
-                raise RunStoppedError(
-                    f"{len(self)} bad samples are more than data.max_bad_fraction {self._max_fraction} allows "
-                    f"({limit:.0f}); the last one: {last.shard} {last.key}: {last.reason}. "
-                    f"All are listed in {self._run.uri}/{ARTIFACT}"
-                )
-        # A global batch without a usable sample gives zero gradients, not a division by zero.
-        return max(total_weight, 1.0)
+        if not total:
+            return
+        self._add([record for batch in batches for record in batch.bad])
+        limit = self._max_fraction * max(position, self._num_samples)
+        if len(self) > limit:
+            last = next(reversed(self._records.values()))
+            raise RunStoppedError(
+                f"{len(self)} bad samples are more than data.max_bad_fraction {self._max_fraction} allows "
+                f"({limit:.0f}); the last one: {last.shard} {last.key}: {last.reason}. "
+                f"All are listed in {self._run.uri}/{ARTIFACT}"
+            )
 
     def _add(self, bad: list[BadRecord]) -> None:
         gathered: list[Any] = [None] * dist.get_world_size()

@@ -1,11 +1,11 @@
 """Checkpoints: state by parameter name, apart from how ZeRO laid it out.
 
     <run>/checkpoints/step-00000500/
-        part-00000-of-00002.safetensors   each rank's fragments: weight/<name>, exp_avg/<name>, exp_avg_sq/<name>
-        state.json                        position, optimiser steps, configuration, versions, ...
-        manifest.json                     sizes and digests of all of these and where each fragment belongs
+        part-00000-of-00002-1f0c9a3e.safetensors   each rank's fragments: weight/, exp_avg/ and exp_avg_sq/<name>
+        state.json                                 position, optimiser steps, configuration, versions, ...
+        manifest.json                              sizes and digests of these, and where each fragment belongs
 
-A checkpoint becomes visible when `manifest.json` appears, which is written last (`_publish`); without it the
+A checkpoint becomes visible when `manifest.json` appears, which is written last (`saver.py`); without it the
 folder is not a checkpoint. Only safetensors and JSON are read back: nothing is unpickled.
 """
 
@@ -24,7 +24,6 @@ import torch
 import torch.distributed as dist
 from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import safe_open
-from safetensors.torch import save_file
 
 from arvideo_dist.data.index import FileEntry
 from arvideo_dist.storage import Storage
@@ -66,99 +65,38 @@ def checkpoint_name(step: int) -> str:
     return f"step-{step:08d}"
 
 
+def step_of(name: str) -> int:
+    """The optimiser step of a checkpoint's name."""
+    return int(name.removeprefix("step-"))
+
+
 def complete_checkpoints(run: Storage) -> list[str]:
     """Names of the complete checkpoints of a run, oldest first."""
     names = [name for name in run.names(FOLDER) if name.startswith("step-")]
     return [name for name in names if run.exists(f"{FOLDER}/{name}/{MANIFEST}")]
 
 
-def save_checkpoint(
-    run: Storage, engine: Engine, step: int, state: dict[str, Any], keep_last: int, control: dist.ProcessGroup
-) -> str:
-    """Write a checkpoint from all ranks and return its name once it is complete.
-
-    `state`: JSON content kept beside the tensors. `control`: a process group for host objects. After a
-    success rank 0 deletes complete checkpoints beyond the newest `keep_last` and what failed saves left.
-    Raises CheckpointError on every rank where any rank failed; earlier checkpoints stay as they are.
-    """
-    name = checkpoint_name(step)
-    folder = f"{FOLDER}/{name}"
-    rank, world_size = dist.get_rank(), dist.get_world_size()
-    part = f"part-{rank:05d}-of-{world_size:05d}.safetensors"
-    if rank == 0:
-        _discard(run, name)  # what a killed save left or damage made useless, if anything
-    dist.barrier(control)
-    try:
-        result: Any = _write_part(run, folder, part, engine)
-    except Exception as error:  # reported on all ranks below; a lone raise would leave the others waiting
-        result = f"rank {rank}: {type(error).__name__}: {error}"
-    results: list[Any] = [None] * world_size
-    dist.all_gather_object(results, result, group=control)
-    failures = [r for r in results if isinstance(r, str)]
-    if rank == 0 and not failures:
-        try:
-            _publish(run, folder, engine, results, state)
-            _retain(run, keep_last)
-        except Exception as error:
-            failures = [f"manifest: {type(error).__name__}: {error}"]
-    outcome = [failures]
-    dist.broadcast_object_list(outcome, src=0, group=control)
-    if outcome[0]:
-        raise CheckpointError(f"checkpoint {run.uri}/{folder} was not written: {'; '.join(outcome[0])}")
-    return name
-
-
-def _write_part(
-    run: Storage, folder: str, part: str, engine: Engine
-) -> tuple[FileEntry, list[FragmentEntry]]:
-    tensors, entries = {}, []
-    for fragment in zero_state.owned_fragments(engine):
-        entries.append(FragmentEntry(name=fragment.name, start=fragment.start, stop=fragment.stop, part=part))
-        for kind, view in zero_state.state_of(engine, fragment).items():
-            tensors[f"{kind}/{fragment.name}"] = view.detach().cpu().contiguous()
-    with tempfile.TemporaryDirectory() as scratch:
-        local = Path(scratch) / part
-        save_file(tensors, local)
-        entry = FileEntry(name=part, size=local.stat().st_size, sha256=_file_sha256(local))
-        run.put_file(local, f"{folder}/{part}")
-    return entry, entries
-
-
-def _publish(
-    run: Storage,
-    folder: str,
-    engine: Engine,
-    results: list[tuple[FileEntry, list[FragmentEntry]]],
-    state: dict[str, Any],
-) -> None:
-    state = {**state, "optimizer_steps": zero_state.optimizer_steps(engine)}
-    content = json.dumps(state, indent=1).encode()
-    manifest = CheckpointManifest(
-        shapes={name: _shape(p) for name, p in engine.module.named_parameters()},
-        fragments=[fragment for _, fragments in results for fragment in fragments],
-        parts=[entry for entry, _ in results],
-        state=FileEntry(name=STATE, size=len(content), sha256=hashlib.sha256(content).hexdigest()),
-    )
-    _check_coverage(manifest)
-    run.write_bytes(f"{folder}/{STATE}", content)
-    run.write_bytes(f"{folder}/{MANIFEST}", manifest.model_dump_json(indent=1).encode())
-
-
-def _retain(run: Storage, keep_last: int) -> None:
-    """The one place that deletes checkpoints: keep the newest `keep_last` complete ones, drop leftovers."""
-    complete = complete_checkpoints(run)
-    newest = complete[-1]
-    for name in run.names(FOLDER):
-        superseded = name in complete[:-keep_last]
-        leftover = name not in complete and name < newest
-        if superseded or leftover:
-            _discard(run, name)
-
-
-def _discard(run: Storage, name: str) -> None:
+def discard(run: Storage, name: str) -> None:
+    """Delete a checkpoint, or what a killed save left of it."""
     # The manifest goes first, so that a half deleted folder is not taken for a checkpoint.
     run.delete(f"{FOLDER}/{name}/{MANIFEST}")
     run.delete(f"{FOLDER}/{name}")
+
+
+def retain(run: Storage, newest: str, keep_last: int, keep_every: int | None) -> None:
+    """The one place that decides which checkpoints are deleted, called when `newest` has been written.
+
+    Kept are the newest `keep_last` complete ones and, for good, those of steps that `keep_every` divides. What
+    stands for a later step is damaged, else the run had continued from it; it goes, as do the leftovers of
+    killed saves.
+    """
+    complete = [name for name in complete_checkpoints(run) if name <= newest]
+    kept = complete[-keep_last:]
+    if keep_every is not None:
+        kept += [name for name in complete if step_of(name) % keep_every == 0]
+    for name in run.names(FOLDER):
+        if name not in kept:
+            discard(run, name)
 
 
 class Checkpoint:
@@ -194,7 +132,7 @@ class Checkpoint:
     def load_weights(self, module: torch.nn.Module) -> None:
         """Copy the fp32 weights into `module`, which must have exactly the checkpoint's parameters."""
         parameters = dict(module.named_parameters())
-        shapes = {name: _shape(parameter) for name, parameter in parameters.items()}
+        shapes = {name: shape_of(parameter) for name, parameter in parameters.items()}
         if shapes != self.manifest.shapes:
             differing = sorted(
                 name
@@ -277,7 +215,8 @@ def versions() -> dict[str, str]:
     return {name: metadata.version(name) for name in packages}
 
 
-def _check_coverage(manifest: CheckpointManifest) -> None:
+def check_coverage(manifest: CheckpointManifest) -> None:
+    """Assert that the fragments hold every element of every parameter exactly once."""
     ends = dict.fromkeys(manifest.shapes, 0)
     for fragment in sorted(manifest.fragments, key=lambda f: (f.name, f.start)):
         assert fragment.start == ends[fragment.name], f"{fragment} overlaps or leaves a gap"
@@ -286,10 +225,6 @@ def _check_coverage(manifest: CheckpointManifest) -> None:
         assert ends[name] == torch.Size(shape).numel(), f"{name} is written up to {ends[name]} of {shape}"
 
 
-def _shape(parameter: torch.nn.Parameter) -> list[int]:
-    return list(getattr(parameter, "ds_shape", parameter.shape))  # ZeRO-3 empties the parameter itself
-
-
-def _file_sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def shape_of(parameter: torch.nn.Parameter) -> list[int]:
+    """The parameter's own shape, also where ZeRO-3 has emptied it."""
+    return list(getattr(parameter, "ds_shape", parameter.shape))

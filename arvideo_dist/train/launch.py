@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import json
 import math
@@ -10,13 +11,20 @@ import warnings
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import torch
+from pydantic import ValidationError
+
 from arvideo_dist.config import RunConfig
 from arvideo_dist.data.index import load_manifest
 from arvideo_dist.derived import Derived, derive
 from arvideo_dist.storage import Storage
-from arvideo_dist.train.checkpoint import FOLDER, complete_checkpoints
+from arvideo_dist.train import changes
+from arvideo_dist.train.checkpoint import FOLDER, Checkpoint, CheckpointError, complete_checkpoints
 from arvideo_dist.train.data import clips_per_epoch, training_sources
-from arvideo_dist.train.stop import RunStoppedError
+from arvideo_dist.train.engine import resolve_precision
+from arvideo_dist.train.lease import Lease, LeaseLostError
+from arvideo_dist.train.preemption import stop_on_sigterm, wait_until_gone
+from arvideo_dist.train.stop import Interruption, RunInterruptedError, RunStoppedError
 
 _COLLECTIVE_TIMEOUT_S = 1800
 
@@ -74,8 +82,9 @@ def check_initial_weights(config: RunConfig) -> None:
 
 
 def check_resume(config: RunConfig) -> None:
-    """Refuse what `run.resume` refuses."""
-    run = Storage(config.run.storage_path).child(config.run.name)
+    """Refuse what `run.resume` and `run.allow_change` refuse: ValueError."""
+    changes.check_allowed_names(config)
+    run = run_folder(config)
     found = complete_checkpoints(run)
     if config.run.resume == "must" and not found:
         raise ValueError(
@@ -87,27 +96,52 @@ def check_resume(config: RunConfig) -> None:
             f"run.resume is 'never' but {run.uri} has checkpoint {found[-1]}: choose another run.name, or "
             "set run.resume to 'auto' to continue it"
         )
+    digests, precision = changes.data_digests(config.data), _precision_if_known(config)
+    for name in reversed(found):
+        try:
+            checkpoint = Checkpoint(run, name)
+        except (CheckpointError, ValidationError, FileNotFoundError):
+            continue  # the workers name what is damaged and use the one before it, and so does this check
+        changes.refuse_changes(checkpoint.state, config, digests, precision, str(checkpoint))
+        return
 
 
-def launch(config: RunConfig, derived: Derived) -> Finished:
-    """Run the training on Ray and return when it has ended.
+def _precision_if_known(config: RunConfig) -> str | None:
+    """What the workers will compute in, where the cluster's kind does not decide it."""
+    if config.cluster.device == "auto" and config.train.precision == "auto":
+        return None
+    return resolve_precision(config.train, torch.device("cuda" if config.cluster.device == "cuda" else "cpu"))
 
-    Raises RunStoppedError where the run stopped itself, else what Ray Train raises after its restarts.
+
+def run_folder(config: RunConfig) -> Storage:
+    return Storage(config.run.storage_path).child(config.run.name)
+
+
+def launch(config: RunConfig, derived: Derived, lease: Lease) -> Finished:
+    """Run the training on Ray under `lease` and return when it has ended.
+
+    Raises RunStoppedError where the run stopped itself, RunInterruptedError where SIGTERM asked it to end,
+    LeaseLostError where another driver took the run, else what Ray Train raises after its restarts.
     """
     from arvideo_dist import tracking  # MLflow and Ray take seconds to import: only after all checks
     from arvideo_dist.train.loop import RESULT
 
-    run_id = tracking.open_run(config, asdict(derived))
-    run = Storage(config.run.storage_path).child(config.run.name)
+    run = lease.guard.storage()
+    run_id = tracking.open_run(config, asdict(derived), run)
     status = "FAILED"
     try:
-        _fit(config, derived, tracking.tracking_uri(config), run_id, run)
+        _fit(config, derived, tracking.tracking_uri(config), run_id, lease)
+        lease.guard.check()  # else the result below may be another driver's
         result = json.loads(run.read_bytes(RESULT))
         if "stopped" in result:
             raise RunStoppedError(result["stopped"])
         status = "FINISHED"
+    except RunInterruptedError:
+        status = "KILLED"
+        raise
     finally:
-        tracking.close_run(config, run_id, status)
+        if lease.is_held():
+            tracking.close_run(config, run_id, status)
     return Finished(
         metrics=result,
         run_folder=run.uri,
@@ -116,43 +150,65 @@ def launch(config: RunConfig, derived: Derived) -> Finished:
     )
 
 
-def _fit(config: RunConfig, derived: Derived, uri: str, run_id: str, run: Storage) -> None:
+def _fit(config: RunConfig, derived: Derived, uri: str, run_id: str, lease: Lease) -> None:
+    """One set of workers after another until the run has ended; Ray Train restarts lost workers by itself."""
     import ray
-    from ray.train import FailureConfig, ScalingConfig
-    from ray.train import RunConfig as RayRunConfig
-    from ray.train.torch import TorchConfig, TorchTrainer
 
     _connect(config)
     try:
-        use_gpu = _use_gpu(config, ray.cluster_resources())
-        _say_if_too_small(config, ray.cluster_resources(), use_gpu)
-        trainer = TorchTrainer(
-            _worker,
-            train_loop_config={
-                "config": config.model_dump(mode="json"),
-                "derived": asdict(derived),
-                "tracking_uri": uri,
-                "mlflow_run_id": run_id,
-            },
-            scaling_config=ScalingConfig(
-                num_workers=config.cluster.workers,
-                use_gpu=use_gpu,
-                resources_per_worker={
-                    "CPU": config.cluster.cpus_per_worker,
-                    **({"GPU": 1} if use_gpu else {}),
-                },
-            ),
-            torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo", timeout_s=_COLLECTIVE_TIMEOUT_S),
-            run_config=RayRunConfig(
-                # Ray's own bookkeeping; what a restart continues from are the run's checkpoints alone.
-                name=datetime.datetime.now(datetime.UTC).strftime("attempt-%Y%m%dT%H%M%S"),
-                storage_path=run.child("ray").uri,
-                failure_config=FailureConfig(max_failures=config.run.max_restarts),
-            ),
-        )
-        trainer.fit()
+        with stop_on_sigterm(lease, config.run.preemption_grace_s):
+            while (interruption := _fit_once(config, derived, uri, run_id, lease)) is not None:
+                print(f"interrupted after step {interruption.step}: {interruption.reason}", flush=True)
+                if not interruption.leaving_nodes:
+                    raise RunInterruptedError(
+                        f"{interruption.reason}: the run is saved up to step {interruption.step}; the same "
+                        "command continues it"
+                    )
+                wait_until_gone(interruption)
+    except Exception:
+        lease.guard.check()  # workers without their lease fail in many ways; this names the one reason
+        raise
     finally:
         ray.shutdown()
+
+
+def _fit_once(
+    config: RunConfig, derived: Derived, uri: str, run_id: str, lease: Lease
+) -> Interruption | None:
+    import ray.train
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    api: Any = ray.train  # Ray Train V2; what a type checker sees there is V1
+    use_gpu = _use_gpu(config, ray.cluster_resources())
+    _say_if_too_small(config, ray.cluster_resources(), use_gpu)
+    trainer: Any = TorchTrainer(
+        _worker,  # type: ignore[arg-type]
+        train_loop_config={
+            "config": config.model_dump(mode="json"),
+            "derived": asdict(derived),
+            "tracking_uri": uri,
+            "mlflow_run_id": run_id,
+            "lease": lease.guard,
+        },
+        scaling_config=api.ScalingConfig(
+            num_workers=config.cluster.workers,
+            elastic_resize_monitor_interval_s=config.cluster.resize_interval_s,
+            use_gpu=use_gpu,
+            resources_per_worker={
+                "CPU": config.cluster.cpus_per_worker,
+                **({"GPU": 1} if use_gpu else {}),
+            },
+        ),
+        torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo", timeout_s=_COLLECTIVE_TIMEOUT_S),
+        run_config=api.RunConfig(
+            # Ray's own bookkeeping; what a restart continues from are the run's checkpoints alone.
+            name=datetime.datetime.now(datetime.UTC).strftime("attempt-%Y%m%dT%H%M%S"),
+            storage_path=run_folder(config).child("ray").uri,
+            # Nodes lost after a preemption notice are not counted by max_failures (Ray's default).
+            failure_config=api.FailureConfig(max_failures=config.run.max_restarts),
+        ),
+    )
+    return trainer.fit().return_value
 
 
 def _connect(config: RunConfig) -> None:
@@ -161,14 +217,16 @@ def _connect(config: RunConfig) -> None:
 
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")  # else each worker line shows twice
-    # Importing torch and DeepSpeed on a busy node takes longer than the default of one minute.
-    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "300")
+    # How long Ray Train waits for room for its workers before it looks again how many there is room for. A node
+    # that has just been lost is counted for up to 20 s, so with a range a long wait would be wasted.
+    fixed = config.cluster.min_workers == config.cluster.max_workers
+    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "300" if fixed else "30")
     address = config.cluster.address or ("auto" if _inside_ray_job() else os.environ.get("RAY_ADDRESS"))
     if address is not None:
         ray.init(address=address)
         return
     # All on this machine: as many slots as asked for, so that a small machine queues nothing for ever.
-    slots = max(os.cpu_count() or 1, config.cluster.workers * config.cluster.cpus_per_worker)
+    slots = max(os.cpu_count() or 1, config.cluster.max_workers * config.cluster.cpus_per_worker)
     ray.init(address="local", num_cpus=slots)
 
 
@@ -180,8 +238,8 @@ def _use_gpu(config: RunConfig, resources: dict[str, float]) -> bool:
 
 def _say_if_too_small(config: RunConfig, resources: dict[str, float], use_gpu: bool) -> None:
     """Ray waits for nodes without a word; an autoscaler may be about to add them, so it is no error."""
-    wanted = {"GPU": config.cluster.workers} if use_gpu else {}
-    wanted["CPU"] = config.cluster.workers * config.cluster.cpus_per_worker
+    wanted = {"GPU": config.cluster.min_workers} if use_gpu else {}
+    wanted["CPU"] = config.cluster.min_workers * config.cluster.cpus_per_worker
     for kind, number in wanted.items():
         if resources.get(kind, 0) < number:
             print(
@@ -191,13 +249,14 @@ def _say_if_too_small(config: RunConfig, resources: dict[str, float], use_gpu: b
             )
 
 
-def _worker(payload: dict[str, Any]) -> None:
-    """Runs in every Ray Train worker, with the process group up."""
-    import torch
+def _worker(payload: dict[str, Any]) -> Interruption | None:
+    """Runs in every Ray Train worker, with the process group up; the driver gets what rank 0 returns."""
     import torch.distributed as dist
+    from ray.train import get_preemption_info
     from ray.train.torch import get_device
 
     from arvideo_dist.train.loop import RESULT, Task, train
+    from arvideo_dist.train.watch import Watch
 
     warnings.filterwarnings(
         "ignore", category=FutureWarning, module=r"torch\.distributed"
@@ -209,14 +268,15 @@ def _worker(payload: dict[str, Any]) -> None:
         derived=Derived(**payload["derived"]),
         tracking_uri=payload["tracking_uri"],
         mlflow_run_id=payload["mlflow_run_id"],
+        lease=payload["lease"],
     )
     try:
-        train(task, device, control)
+        return train(task, device, control, Watch(task.lease, control, get_preemption_info))
     except RunStoppedError as error:  # returning is what keeps Ray Train from a restart
         if dist.get_rank() == 0:
-            Storage(task.config.run.storage_path).child(task.config.run.name).write_bytes(
-                RESULT, json.dumps({"stopped": str(error)}).encode()
-            )
+            with contextlib.suppress(LeaseLostError):  # where that is why, the driver finds it out itself
+                task.lease.storage().write_bytes(RESULT, json.dumps({"stopped": str(error)}).encode())
+    return None
 
 
 def _inside_ray_job() -> bool:

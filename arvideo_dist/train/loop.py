@@ -1,7 +1,8 @@
 """The training loop of one worker, from its start weights to the last checkpoint.
 
 The run's state is one number, the *position*: how many places of the sample sequence are applied to the
-weights. Step s consumes places [s G, (s + 1) G), G the global batch; nothing else decides what comes next.
+weights. Step s consumes places [s G, (s + 1) G), G the global batch (unless `run.allow_change` let G change on
+the way); nothing else decides what comes next.
 """
 
 from __future__ import annotations
@@ -22,15 +23,21 @@ from arvideo_dist.derived import Derived
 from arvideo_dist.interchange import load_initial_encoder
 from arvideo_dist.model.kinds import build_model
 from arvideo_dist.picture import png
-from arvideo_dist.storage import Storage
 from arvideo_dist.tracking import Tracker
+from arvideo_dist.train import changes
 from arvideo_dist.train import checkpoint as checkpoints
+from arvideo_dist.train.agreement import agree
+from arvideo_dist.train.audit import Audit
 from arvideo_dist.train.bad_samples import ARTIFACT, BadSamples
 from arvideo_dist.train.data import loader_options, training_sources, validation_options, validation_source
-from arvideo_dist.train.engine import Engine
+from arvideo_dist.train.engine import Engine, resolve_precision
+from arvideo_dist.train.lease import Guard
 from arvideo_dist.train.progress import Meter, progress_line
+from arvideo_dist.train.saver import Saver
 from arvideo_dist.train.schedule import learning_rate
+from arvideo_dist.train.stop import Interruption, RunStoppedError
 from arvideo_dist.train.validate import validate
+from arvideo_dist.train.watch import Watch
 
 RESULT = "result.json"  # in the run's folder, once the run has ended: its final metrics, or why it stopped
 
@@ -43,35 +50,46 @@ class Task:
     derived: Derived
     tracking_uri: str
     mlflow_run_id: str
+    lease: Guard
 
 
-def train(task: Task, device: torch.device, control: dist.ProcessGroup) -> None:
+def train(task: Task, device: torch.device, control: dist.ProcessGroup, watch: Watch) -> Interruption | None:
     """Train from the latest complete checkpoint to the end of the run; leaves the final metrics in `RESULT`.
 
-    Called on every rank with the default process group up; `control` is a gloo group for host values.
+    Called on every rank with the default process group up; `control` is a gloo group for host values. Where
+    `watch` says so, the run saves and leaves at a step boundary; the interruption is returned.
     """
-    config, derived = task.config, task.derived
+    config, derived = task.config, task.derived.at_world_size(dist.get_world_size())
     rank, global_batch, total_steps = dist.get_rank(), derived.global_batch, derived.total_steps
     assert total_steps is not None
     assert derived.warmup_steps is not None
-    run = Storage(config.run.storage_path).child(config.run.name)
-    tracker = Tracker(task.tracking_uri, task.mlflow_run_id) if rank == 0 else None
+    run = task.lease.storage()
+    tracker = Tracker(task.tracking_uri, task.mlflow_run_id, task.lease.check) if rank == 0 else None
 
     torch.manual_seed(config.run.seed)
     model = build_model(config.model, config.decoder)
     sequence = model.sequences.draw_sequence
+    digests, precision = changes.data_digests(config.data), resolve_precision(config.train, device)
     start = checkpoints.open_newest_whole(run, control)
     origin = "random weights"
     if start is not None:
-        start.load_weights(model)
+        try:
+            for line in changes.refuse_changes(start.state, config, digests, precision, str(start)):
+                _say(rank, f"changed by run.allow_change: {line}")
+            start.load_weights(model)
+        except ValueError as error:  # a restart would meet the same
+            raise RunStoppedError(str(error)) from error
     elif config.model.init_from is not None:
         origin = load_initial_encoder(model.encoder, config.model.init_from)
     engine = Engine(model, config.train, config.optim, device, derived.accumulation_steps)
     if start is not None:
         start.load_optimizer(engine)
     position = start.state["position"] if start is not None else 0
-    step = position // global_batch
+    step = start.state["step"] if start is not None else 0
+    saver = Saver(run, engine, config.run, say=functools.partial(_say, rank))
     _say(rank, f"continues from {start}, step {step}" if start else f"starts from {origin}")
+    if derived.world_size != task.derived.world_size:
+        _say(rank, derived.batch_line())
 
     pin_memory = device.type == "cuda"
     make_loader = functools.partial(
@@ -89,11 +107,12 @@ def train(task: Task, device: torch.device, control: dist.ProcessGroup) -> None:
         position=position,
         global_batch=global_batch,
         workers=config.data.workers,
-        stop_position=total_steps * global_batch,
+        stop_position=position + (total_steps - step) * global_batch,
         options=loader_options(config.data, pin_memory=pin_memory),
     )
     bad = BadSamples(run, config.data.max_bad_fraction, train_loader.places_per_epoch, control)
     bad.restore(start.state["bad_samples"] if start is not None else [])
+    audit = Audit(task.lease, step, control) if config.run.audit else None
 
     def validation() -> dict[str, float]:
         if config.data.val_split is None:
@@ -119,27 +138,44 @@ def train(task: Task, device: torch.device, control: dist.ProcessGroup) -> None:
         return result.metrics
 
     def save() -> None:
+        if audit is not None:
+            audit.flush()
+        # No random states: every draw is keyed by (seed, place), so seed and position are all there is to them.
+        # The model draws nothing while it trains (tests/train/test_saver.py).
         state: dict[str, Any] = {
             "position": position,
             "step": step,
             "bad_samples": bad.listed(),
             "mlflow_run_id": task.mlflow_run_id,
             "config": config.model_dump(mode="json"),
+            "data_digests": digests,
+            "precision": precision,
             "derived": asdict(derived),
             "versions": checkpoints.versions(),
         }
-        name = checkpoints.save_checkpoint(run, engine, step, state, config.run.keep_last, control)
-        _say(rank, f"step {step}  checkpoint {name} is complete")
+        failure = saver.request(step, state)
+        if failure is not None:
+            _say(rank, f"step {step}  the checkpoint before this one failed: {failure}")
+            if tracker is not None:
+                tracker.tag("arvideo.failed_checkpoint", failure)
 
     batches = iter(train_loader)
     meter = Meter(device, control)
     metrics: dict[str, float] = {}
-    validated_at, bad_logged = -1, 0
-    while step < total_steps:
+    validated_at, saved_at, bad_logged = -1, step, 0
+    interruption: Interruption | None = None
+    while step < total_steps and interruption is None:
         began = time.perf_counter()
         micro_batches = next(batches)
         meter.waited(time.perf_counter() - began)
-        total_weight = bad.account(micro_batches, position)
+        facts = agree(micro_batches, control, save_due=saver.due_by_time(), look=watch.due())
+        try:
+            if facts.look and (interruption := watch.look(step)) is not None:
+                break
+            bad.account(micro_batches, facts.bad_samples, position)
+        except RunStoppedError:  # on all ranks, so that they can still end the save in flight
+            saver.finish()
+            raise
 
         rate = learning_rate(
             step,
@@ -148,13 +184,16 @@ def train(task: Task, device: torch.device, control: dist.ProcessGroup) -> None:
             peak=derived.peak_lr,
             final=derived.min_lr,
         )
-        loss_sum = engine.accumulate(micro_batches, total_weight)
+        loss_sum = engine.accumulate(micro_batches, facts.total_weight)
+        saver.before_update()
         gradient_norm = engine.apply(rate)
         position += global_batch
         step += 1
+        if audit is not None:
+            audit.applied(step, micro_batches)
 
         if step % config.train.log_every_steps == 0 or step == total_steps:
-            point = meter.point(loss_sum, total_weight, global_batch)
+            point = meter.point(loss_sum, facts.total_weight, global_batch)
             metrics = {
                 "loss/train": point.loss,
                 "learning_rate": rate,
@@ -176,14 +215,20 @@ def train(task: Task, device: torch.device, control: dist.ProcessGroup) -> None:
             metrics |= validation()
             validated_at = step
             meter.reset()
-        if step % config.run.checkpoint_every_steps == 0 or step == total_steps:
+        if facts.save_due or saver.due_by_step(step) or step == total_steps:
             save()
-            meter.reset()
+            saved_at = step
+    if interruption is not None and step > saved_at:
+        save()
+    saver.finish()
 
+    if interruption is not None:
+        return interruption
     if validated_at < total_steps:  # the run had ended before: the same figures again, for the summary
         metrics |= validation()
     if rank == 0:
         run.write_bytes(RESULT, json.dumps(metrics, indent=1).encode())
+    return None
 
 
 def _say(rank: int, line: str) -> None:

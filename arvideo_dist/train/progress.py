@@ -54,7 +54,7 @@ class Meter:
         return point
 
     def reset(self) -> None:
-        """Begin a new interval; time spent validating or saving is not training speed."""
+        """Begin a new interval; time spent validating is not training speed, time that a save takes is."""
         self._begun, self._waited, self._steps = time.perf_counter(), 0.0, 0
 
     def _memory(self) -> float:

@@ -1,6 +1,8 @@
-"""How a run ends for good."""
+"""How a run ends for good, and how it is interrupted."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 
 class RunStoppedError(RuntimeError):
@@ -8,3 +10,19 @@ class RunStoppedError(RuntimeError):
 
     Anything else that a worker raises is taken for a fault of its machine and restarts the workers.
     """
+
+
+class RunInterruptedError(RuntimeError):
+    """The run was asked to end before its end; the same command continues it."""
+
+
+@dataclass(frozen=True)
+class Interruption:
+    """Why the workers saved and left before the end of the run."""
+
+    reason: str
+    step: int  # optimiser steps done, all of them saved
+    leaving_nodes: tuple[
+        str, ...
+    ] = ()  # Ray's ids of nodes with a preemption notice; empty: the driver asked
+    deadline_ms: int | None = None  # when those nodes go, in UNIX time, where Ray was told

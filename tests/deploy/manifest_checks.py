@@ -329,7 +329,8 @@ def resource_problems(docs: list[Doc]) -> list[str]:
 
 def capacity_problems(docs: list[Doc], cpus_per_worker: int) -> list[str]:
     """The workers that the environment asks for fit in the GPU group: else the job would wait for ever."""
-    workers = int(named(docs, "ConfigMap")["data"]["ARVIDEO__CLUSTER__WORKERS"])
+    asked = json.loads(named(docs, "ConfigMap")["data"]["ARVIDEO__CLUSTER__WORKERS"])
+    workers = asked[-1] if isinstance(asked, list) else asked
     room = 0
     for group in named(docs, "RayCluster")["spec"]["workerGroupSpecs"]:
         limits = group["template"]["spec"]["containers"][0]["resources"]["limits"]
@@ -389,8 +390,9 @@ def secret_problems(docs: list[Doc]) -> list[str]:
     return found
 
 
-def life_problems(docs: list[Doc]) -> list[str]:
-    """Drivers alone on the head, autoscaler v2, pods that outlive Ray's draining, one writer of sqlite."""
+def life_problems(docs: list[Doc], grace_s: float) -> list[str]:
+    """Drivers alone on the head, autoscaler v2, one writer of sqlite, and time to save: a run that is asked to
+    stop gets its `grace_s` before Ray kills the job or ends the node, and the pod outlives Ray."""
     found = []
     cluster = named(docs, "RayCluster")["spec"]
     if cluster["headGroupSpec"]["rayStartParams"].get("num-cpus") != "0":
@@ -403,6 +405,11 @@ def life_problems(docs: list[Doc]) -> list[str]:
         if "ray.io/cluster" not in labels:
             continue
         variables = {v["name"]: v["value"] for v in spec["containers"][0].get("env", [])}
+        if spec is cluster["headGroupSpec"]["template"]["spec"]:
+            if float(variables.get("RAY_JOB_STOP_WAIT_TIME_S", 3)) <= grace_s:
+                found.append(f"`ray job stop` kills a job within its {grace_s:.0f} s of grace")
+        elif float(variables.get("RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S", 30)) < grace_s:
+            found.append(f"{name} is drained for less than a run's {grace_s:.0f} s of grace")
         drain = float(variables.get("RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S", 30))
         if spec.get("terminationGracePeriodSeconds", 30) <= drain:
             found.append(f"{name} is killed before Ray's {drain:.0f} s of draining end")

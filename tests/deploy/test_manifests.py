@@ -12,6 +12,7 @@ import manifest_checks as checks
 import pytest
 from manifest_checks import ROOT, Doc, load_manifests, named
 
+from arvideo_dist.config import RunConfig
 from arvideo_dist.settings import read_config
 
 PINS = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().split())
@@ -32,7 +33,7 @@ CHECKS: dict[str, Callable[[list[Doc]], list[str]]] = {
     "capacity": lambda docs: checks.capacity_problems(docs, cpus_per_worker=1),
     "restricted": lambda docs: checks.restricted_problems(docs, IMAGE_UID),
     "secret": checks.secret_problems,
-    "life": checks.life_problems,
+    "life": lambda docs: checks.life_problems(docs, RunConfig().run.preemption_grace_s),
 }
 
 ABBREVIATIONS = {
@@ -85,7 +86,8 @@ FAULTS: list[tuple[str, str, Any, str]] = [
     ("resource", "GPU_POD volumes 2 emptyDir sizeLimit", "400Gi", "more than half of the pod's memory"),
     ("resource", "HEAD_START object-store-memory", "8589934592", "does not fit in its /dev/shm"),
     ("capacity", "CONFIG ARVIDEO__CLUSTER__WORKERS", "17", "17 training workers are asked for, 16 fit"),
-    ("capacity", "GPU resources limits cpu", "3", "8 training workers are asked for, 6 fit"),
+    ("capacity", "CONFIG ARVIDEO__CLUSTER__WORKERS", "[8,24]", "24 training workers are asked for, 16 fit"),
+    ("capacity", "GPU resources limits cpu", "3", "16 training workers are asked for, 6 fit"),
     ("restricted", "MLFLOW_POD securityContext runAsUser", 0, "does not run as the image's user"),
     ("restricted", "GPU_POD volumes 2", {"name": "shm", "hostPath": {"path": "/dev/shm"}}, "volume shm"),
     ("restricted", "GPU securityContext capabilities", GONE, "ray-worker keeps capabilities"),
@@ -97,6 +99,8 @@ FAULTS: list[tuple[str, str, Any, str]] = [
     ("life", "HEAD_START num-cpus", "4", "could land on the head"),
     ("life", "RayCluster spec autoscalerOptions version", "v1", "is not v2"),
     ("life", "GPU_POD terminationGracePeriodSeconds", 300, "killed before Ray's 300 s"),
+    ("life", "HEAD env 0 value", "60", "`ray job stop` kills a job within its 120 s"),
+    ("life", "GPU env 0 value", "60", "drained for less than a run's 120 s"),
     ("life", "MLFLOW_POD enableServiceLinks", GONE, "MLFLOW_PORT"),
     ("life", "Deployment spec replicas", 2, "one sqlite file"),
 ]
@@ -162,7 +166,7 @@ def test_environment_alone_configures_a_run(monkeypatch: pytest.MonkeyPatch) -> 
     assert resolved.run.storage_path == "/runs"
     assert resolved.tracking.uri == "http://mlflow:5000"
     assert resolved.cluster.device == "cuda"
-    assert resolved.cluster.workers == 8
+    assert resolved.cluster.workers == (8, 16)
     assert checks.capacity_problems(MANIFESTS, resolved.cluster.cpus_per_worker) == []
 
 

@@ -11,6 +11,11 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from arvideo_dist.config import RunConfigSection
+from arvideo_dist.storage import Storage
+from arvideo_dist.train.engine import Engine
+from arvideo_dist.train.saver import Saver
+
 
 def run_ranks(world_size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
     """`function(*args)` on each rank with a gloo process group; the ranks' results, by rank."""
@@ -39,3 +44,15 @@ def _rank(
     queue.put((rank, function(*args)))
     dist.barrier()
     dist.destroy_process_group()
+
+
+def make_saver(run: Storage, engine: Engine, **options: Any) -> Saver:
+    """A silent saver with fields of RunConfigSection as `options`."""
+    return Saver(run, engine, RunConfigSection(**options), say=lambda line: None)
+
+
+def save_checkpoint(run: Storage, engine: Engine, step: int, state: dict[str, Any], **options: Any) -> None:
+    """One checkpoint, waited for."""
+    saver = make_saver(run, engine, **options)
+    saver.request(step, state)
+    saver.finish()

@@ -77,6 +77,14 @@ class PretrainProcess:
                 return line
         raise AssertionError(f"no line matches {pattern!r} in:\n{self.output}")
 
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def send(self, number: signal.Signals) -> None:
+        """A signal to the driver alone; its workers are other processes."""
+        self._process.send_signal(number)
+
     def kill_worker(self) -> None:
         """SIGKILL one training worker."""
         workers = [

@@ -26,11 +26,10 @@ from arvideo_dist.train.checkpoint import (
     CheckpointError,
     complete_checkpoints,
     open_newest_whole,
-    save_checkpoint,
 )
 from arvideo_dist.train.engine import Engine
 from arvideo_dist.train.stop import RunStoppedError
-from tests.train.distributed import run_ranks
+from tests.train.distributed import make_saver, run_ranks
 
 MODEL = ModelConfig(encoder="demo", frames=4, image_size=16, tubelet=(2, 8, 8), cluster=(1, 1, 2))
 DECODER = DecoderConfig(width=64, depth=1)
@@ -56,11 +55,11 @@ def s3() -> Iterator[str]:
 def saved(tmp_path_factory: pytest.TempPathFactory, s3: str) -> tuple[Path, Storage, Storage]:
     """Four saves by two ranks at ZeRO-2, the newest two kept: the local folder, and both storages."""
     local = tmp_path_factory.mktemp("run")
-    assert run_ranks(2, _save, [str(local), s3]) == [None, None]
+    assert run_ranks(2, _save, str(local), s3) == [None, None]
     return local, Storage(str(local)), Storage(s3)
 
 
-def _save(uris: list[str]) -> None:
+def _save(*uris: str) -> None:
     torch.manual_seed(3)
     engine = Engine(
         ARVideo(MODEL, DECODER),
@@ -69,12 +68,16 @@ def _save(uris: list[str]) -> None:
         torch.device("cpu"),
         accumulation_steps=1,
     )
-    control = dist.group.WORLD
-    assert control is not None
     for uri in uris:
+        saver = make_saver(Storage(uri), engine, keep_last=2)
         for step in (1, 2, 3, 4):
-            name = save_checkpoint(Storage(uri), engine, step, {"position": step}, 2, control)
-            assert name == f"step-{step:08d}"
+            saver.request(step, {"position": step})
+        saver.finish()
+
+
+def _part(run: Path, step: int, rank: int) -> Path:
+    (part,) = (run / FOLDER / f"step-{step:08d}").glob(f"part-{rank:05d}-of-00002-*.safetensors")
+    return part
 
 
 def _weights(run: Storage) -> dict[str, torch.Tensor]:
@@ -125,7 +128,7 @@ def test_folder_without_a_manifest_is_no_checkpoint(
 @pytest.mark.parametrize("damage", ["truncated", "bit-flipped", "missing"])
 def test_damaged_part_is_named(saved: tuple[Path, Storage, Storage], damage: str) -> None:
     local, run, _ = saved
-    part = local / FOLDER / "step-00000004" / "part-00001-of-00002.safetensors"
+    part = _part(local, 4, 1)
     whole = part.read_bytes()
     if damage == "missing":
         part.unlink()
@@ -163,12 +166,12 @@ def test_damaged_newest_is_named_and_the_one_before_it_used_on_all_ranks(
         shutil.copytree(saved[0], tmp_path / name)
     damaged = [("one", 4, 0), ("both", 4, 1), ("both", 3, 0)]
     for folder, step, part in damaged:
-        file = tmp_path / folder / FOLDER / f"step-{step:08d}" / f"part-{part:05d}-of-00002.safetensors"
+        file = _part(tmp_path / folder, step, part)
         file.write_bytes(file.read_bytes()[:-1])
     folders = [str(tmp_path / name) for name in ("one", "both", "none")]
     for rank, (one, both, none) in enumerate(run_ranks(2, _open_all, folders)):
         assert one[0] == "step-00000003"
-        assert ("step-00000004: part-00000-of-00002.safetensors is damaged" in one[1]) == (rank == 0)
+        assert (f"step-00000004: {_part(saved[0], 4, 0).name} is damaged" in one[1]) == (rank == 0)
         assert both[0] == "stopped"
         assert "all checkpoints" in both[1]
         assert none == (None, "")

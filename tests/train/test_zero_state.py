@@ -4,28 +4,22 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 
-from arvideo_dist.config import DecoderConfig, ModelConfig, OptimConfig, TrainConfig
-from arvideo_dist.data.loader import Batch
-from arvideo_dist.data.order import places_of_rank
-from arvideo_dist.model.arvideo import ARVideo
 from arvideo_dist.storage import Storage
 from arvideo_dist.train import zero_state
-from arvideo_dist.train.checkpoint import Checkpoint, complete_checkpoints, save_checkpoint
 from arvideo_dist.train.engine import Engine
-from tests.train.distributed import run_ranks
-
-MODEL = ModelConfig(
-    encoder="demo", frames=4, image_size=16, tubelet=(2, 8, 8), cluster=(1, 1, 2), mask_ratio=0.5
+from tests.train.distributed import make_saver, run_ranks
+from tests.train.keyed import (
+    GLOBAL_BATCH,
+    micro_batch,
+    new_engine,
+    new_model,
+    rate,
+    resumed_engine,
+    train_steps,
 )
-DECODER = DecoderConfig(width=64, depth=1)
-GLOBAL_BATCH = 4
-MICRO_BATCH = 1
-
 
 Layout = tuple[int, int]  # world size, ZeRO stage
 STEPS, STOP = 6, 3
@@ -88,42 +82,8 @@ def _train_all(folder: str, runs: list[tuple[Layout, Layout | None]]) -> dict:
     return {(layout, origin): _train(folder, layout, origin) for layout, origin in runs}
 
 
-def _engine(model: ARVideo, stage: int) -> Engine:
-    train = TrainConfig(global_batch=GLOBAL_BATCH, micro_batch=MICRO_BATCH, zero_stage=stage)
-    accumulation = -(-GLOBAL_BATCH // (MICRO_BATCH * dist.get_world_size()))
-    return Engine(model, train, OptimConfig(), torch.device("cpu"), accumulation)
-
-
-def _micro_batch(places: list[int], clusters: object) -> Batch:
-    clips, contexts, targets, weights = [], [], [], []
-    for place in places:
-        rng = np.random.default_rng(max(place, 0))
-        clips.append(rng.integers(0, 256, (3, 4, 16, 16), dtype=np.uint8))
-        context, target = clusters.draw_sequence(rng)  # type: ignore[attr-defined]
-        contexts.append(context)
-        targets.append(target)
-        weights.append(0.0 if place in (-1, 5) else 1.0)  # 5: a bad sample
-    return Batch(
-        clips=torch.from_numpy(np.stack(clips)),
-        context_ids=torch.from_numpy(np.stack(contexts)),
-        target_ids=torch.from_numpy(np.stack(targets)),
-        weights=torch.tensor(weights),
-        places=torch.tensor(places),
-        bad=[],
-    )
-
-
-def _rate(step: int) -> float:
-    return 1e-3 * (step + 1) / 6
-
-
-def _weight_of(step: int) -> float:
-    return float(GLOBAL_BATCH - (step * GLOBAL_BATCH <= 5 < (step + 1) * GLOBAL_BATCH))
-
-
 def _train_plain() -> list[float]:
-    torch.manual_seed(7)
-    model = ARVideo(MODEL, DECODER)
+    model = new_model()
     groups = [
         {"params": [p for p in model.parameters() if p.ndim > 1], "weight_decay": 0.05},
         {"params": [p for p in model.parameters() if p.ndim <= 1], "weight_decay": 0.0},
@@ -131,49 +91,32 @@ def _train_plain() -> list[float]:
     optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95), eps=1e-8)
     losses = []
     for step in range(STEPS):
-        batch = _micro_batch(list(range(step * GLOBAL_BATCH, (step + 1) * GLOBAL_BATCH)), model.clusters)
+        batch = micro_batch(list(range(step * GLOBAL_BATCH, (step + 1) * GLOBAL_BATCH)))
         loss = (model(batch.clips, batch.context_ids, batch.target_ids).loss_b * batch.weights).sum()
         loss = loss / batch.weights.sum()
         optimizer.zero_grad()
         loss.backward()
         for group in optimizer.param_groups:
-            group["lr"] = _rate(step)
+            group["lr"] = rate(step, STEPS)
         optimizer.step()
         losses.append(loss.item())
     return losses
 
 
 def _train(folder: str, layout: Layout, origin: Layout | None) -> dict[str, object]:
-    """Steps 0 to STEPS with a checkpoint at STOP, or steps STOP to STEPS from the checkpoint of `origin`."""
-    (world_size, stage), rank = layout, dist.get_rank()
-    control = dist.group.WORLD
-    assert control is not None
-    torch.manual_seed(7)
-    model = ARVideo(MODEL, DECODER)
+    """Steps 0 to STEPS with a checkpoint at STOP, or steps STOP to STEPS from the checkpoint of `origin`.
+
+    The save goes on while the steps after it do, so that it must hold the state as it was.
+    """
     if origin is None:
-        engine, first = _engine(model, stage), 0
+        engine, first = new_engine(new_model(), layout[1]), 0
     else:
-        run = Storage(f"{folder}/{origin}")
-        checkpoint = Checkpoint(run, complete_checkpoints(run)[-1])
-        checkpoint.verify()
-        with torch.no_grad():
-            for parameter in model.parameters():  # nothing of the start weights may survive
-                parameter.fill_(float("nan"))
-        checkpoint.load_weights(model)
-        engine, first = _engine(model, stage), checkpoint.state["position"] // GLOBAL_BATCH
-        checkpoint.load_optimizer(engine)
-    losses = []
-    for step in range(first, STEPS):
-        places = places_of_rank(step * GLOBAL_BATCH, GLOBAL_BATCH, MICRO_BATCH, rank, world_size)
-        total = _weight_of(step)
-        loss = engine.accumulate([_micro_batch(list(p), model.clusters) for p in places], total)
-        engine.apply(_rate(step))
-        dist.all_reduce(loss)
-        losses.append(float(loss) / total)
-        if origin is None and step + 1 == STOP:
-            state = {"position": STOP * GLOBAL_BATCH}
-            save_checkpoint(Storage(f"{folder}/{layout}"), engine, STOP, state, 2, control)
-    differences = _differences_from_deepspeed(engine) if stage else {}
+        engine, first = resumed_engine(Storage(f"{folder}/{origin}"), layout[1])
+    saver = make_saver(Storage(f"{folder}/{layout}"), engine) if origin is None else None
+    losses = train_steps(engine, first, STEPS, STEPS, saver, save_after=lambda step: step == STOP)
+    if saver is not None:
+        saver.finish()
+    differences = _differences_from_deepspeed(engine) if engine.stage else {}
     return {
         "losses": losses,
         "optimizer_steps": zero_state.optimizer_steps(engine),

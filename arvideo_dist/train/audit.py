@@ -1,0 +1,104 @@
+"""Which places of the sample sequence made the weights, written at the optimiser step (`run.audit`).
+
+    <run>/audit/<generation>-<attempt>/start.json              the step that this set of workers began from
+    <run>/audit/<generation>-<attempt>/rank-00000.jsonl        a line a step: {"step": 5, "places": [[64, 72]]}
+
+Each rank writes the places of its own batches, as it got them from the loader, right after the weights changed:
+stretches [first, last) of real places, padding left out. On a local or shared path a line is appended at each
+step; object storage cannot append, so there the lines go into numbered files before each checkpoint.
+
+When workers restart, the weights go back to a checkpoint, and steps after it are replayed: `applied_places` tells
+the steps that are in the final weights from those that were lost with the workers.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from arvideo_dist.data.loader import Batch
+from arvideo_dist.storage import Storage
+from arvideo_dist.train.lease import Guard
+
+FOLDER = "audit"
+_START = "start.json"
+
+
+class Audit:
+    """One rank's lines of one attempt (one set of workers)."""
+
+    def __init__(self, guard: Guard, start_step: int, control: dist.ProcessGroup) -> None:
+        """Collective. `start_step`: optimiser steps in the weights that this attempt starts from."""
+        self._guard, self._run = guard, guard.storage()
+        self._rank = dist.get_rank()
+        opened = [""]
+        if self._rank == 0:
+            opened = [self._open(guard.generation, start_step)]
+        dist.broadcast_object_list(opened, src=0, group=control)
+        self._folder = opened[0]
+        self._lines: list[str] = []
+        self._files = 0
+
+    def _open(self, generation: int, start_step: int) -> str:
+        prefix = f"{generation:08d}-"
+        attempt = sum(name.startswith(prefix) for name in self._run.names(FOLDER)) + 1
+        folder = f"{FOLDER}/{prefix}{attempt:04d}"
+        start = {"start_step": start_step, "world_size": dist.get_world_size()}
+        self._run.write_bytes(f"{folder}/{_START}", json.dumps(start).encode())
+        return folder
+
+    def applied(self, step: int, batches: Sequence[Batch]) -> None:
+        """The places of `batches` are in the weights since optimiser step `step` (the first one is 1)."""
+        places = torch.cat([batch.places for batch in batches])
+        line = {"step": step, "places": _stretches(places[places >= 0].tolist())}
+        self._lines.append(json.dumps(line) + "\n")
+        if self._run.is_local:
+            self._guard.check()
+            with open(self._run.path(f"{self._folder}/rank-{self._rank:05d}.jsonl"), "a") as file:
+                file.writelines(self._lines)
+            self._lines.clear()
+
+    def flush(self) -> None:
+        """Call before a checkpoint: what it holds is on storage then."""
+        if self._lines:
+            name = f"{self._folder}/rank-{self._rank:05d}.{self._files:06d}.jsonl"
+            self._run.write_bytes(name, "".join(self._lines).encode())
+            self._files += 1
+            self._lines.clear()
+
+
+def applied_places(run: Storage) -> dict[int, list[int]]:
+    """The places behind the newest weights: by optimiser step, sorted, as often as they were applied.
+
+    Read from the attempts' own lines. The last attempt's steps all count; of an earlier one count those up to
+    the step that the attempts after it began from, since the rest was lost with its workers.
+    """
+    result: dict[int, list[int]] = {}
+    limit: int | None = None
+    for attempt in reversed(run.names(FOLDER)):
+        folder = f"{FOLDER}/{attempt}"
+        for name in run.names(folder):
+            if Path(name).suffix != ".jsonl":
+                continue
+            for line in run.read_bytes(f"{folder}/{name}").decode().splitlines():
+                entry = json.loads(line)
+                if limit is None or entry["step"] <= limit:
+                    places = [place for first, last in entry["places"] for place in range(first, last)]
+                    result.setdefault(entry["step"], []).extend(places)
+        start = json.loads(run.read_bytes(f"{folder}/{_START}"))["start_step"]
+        limit = start if limit is None else min(limit, start)
+    return {step: sorted(places) for step, places in sorted(result.items())}
+
+
+def _stretches(places: list[int]) -> list[list[int]]:
+    found: list[list[int]] = []
+    for place in places:
+        if found and found[-1][1] == place:
+            found[-1][1] += 1
+        else:
+            found.append([place, place + 1])
+    return found

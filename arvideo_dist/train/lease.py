@@ -1,0 +1,283 @@
+"""The lease on a run's folder: one driver at a time writes a run, and one that has lost it writes nothing.
+
+    <run>/lease/00000003-<nonce>.json    generation 3: who holds it, its heartbeat, what it asks of its workers
+
+Each driver that takes the run raises the generation. The file of a generation is written by its holder alone,
+so its heartbeat conflicts with nobody.
+
+*Taking.* A driver writes a file of the next generation, then lists the folder. Where its file is the only one
+of the highest generation it holds the lease; else it removes its file and looks again. Of two that write at
+once, whoever lists later sees both, so never do two win. This needs a listing that shows every file written
+before it began: POSIX, S3, GCS and Azure give that, and NFS after a change by the same client.
+
+*Expiry.* No clocks are compared. A lease is dead when its heartbeat has not changed for the lease time by the
+observer's own monotonic clock; at once where the holder was a process of this very machine (same boot, same PID
+namespace) that has ended.
+
+*Fencing.* Driver and workers look for a higher generation immediately before every change of the run
+(`GuardedStorage`, MLflow points). Storage offers no write that depends on another file, so a process that is
+suspended exactly between that look and its write could still publish one file; what it could publish is a
+checkpoint that is whole, or points that are the same.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import re
+import socket
+import sys
+import threading
+import time
+import uuid
+from pathlib import Path
+from types import TracebackType
+
+from pydantic import BaseModel, ConfigDict
+
+from arvideo_dist.storage import Storage
+
+FOLDER = "lease"
+_NAME = re.compile(r"(\d{8})-[0-9a-f]{32}\.json")
+_BEATS_PER_LEASE = 6
+
+
+class LeaseHeldError(ValueError):
+    """Another driver that is alive holds the run."""
+
+
+class LeaseLostError(RuntimeError):
+    """This process may not change the run any more; the message names who may."""
+
+
+class Holder(BaseModel):
+    """Who holds a lease."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    host: str
+    pid: int
+    job: str | None  # Ray job submission
+    process: str | None  # boot, PID namespace and start time: what makes a PID unique, where /proc tells
+
+    @classmethod
+    def this_process(cls) -> Holder:
+        pid = os.getpid()
+        job = os.environ.get("RAY_JOB_SUBMISSION_ID")
+        return cls(host=socket.gethostname(), pid=pid, job=job, process=_process_identity(pid))
+
+    def __str__(self) -> str:
+        job = f", Ray job {self.job}" if self.job else ""
+        return f"process {self.pid} on {self.host}{job}"
+
+    def has_ended(self) -> bool:
+        """Whether the process is known to exist no more; False where this machine cannot know."""
+        mine = _process_identity(os.getpid())
+        if self.process is None or mine is None or _namespace(mine) != _namespace(self.process):
+            return False
+        try:
+            os.kill(self.pid, 0)
+        except ProcessLookupError:
+            return True
+        except PermissionError:
+            return False
+        return _process_identity(self.pid) not in (None, self.process)  # the PID was given out again
+
+
+class Record(BaseModel):
+    """Content of a lease file."""
+
+    model_config = ConfigDict(extra="forbid")
+    holder: Holder
+    lease_s: float
+    beat: int = 0
+    released: bool = False
+    stop: str | None = None  # why the workers shall save and end
+
+
+class Guard:
+    """One generation of a run's lease, as driver and workers look at it. Pickles to its two strings."""
+
+    def __init__(self, run_uri: str, name: str) -> None:
+        self.run_uri, self.name = run_uri, name
+        self._run = Storage(run_uri)
+
+    def __reduce__(self) -> tuple[type[Guard], tuple[str, str]]:
+        return Guard, (self.run_uri, self.name)
+
+    @property
+    def generation(self) -> int:
+        return _generation(self.name)
+
+    def check(self) -> None:
+        """Raises LeaseLostError where a higher generation exists."""
+        newest = _newest(self._run)
+        if newest and _generation(newest[0]) > self.generation:
+            found = _read(self._run, newest[0])
+            raise LeaseLostError(
+                f"run {self.run_uri} was taken over by {found.holder if found else 'another driver'} (generation "
+                f"{_generation(newest[0])}, this one is {self.generation}): nothing more is written here"
+            )
+
+    def stop_asked(self) -> str | None:
+        """Why the driver wants its workers to save and end, if it does."""
+        found = _read(self._run, self.name)
+        return None if found is None else found.stop
+
+    def storage(self) -> GuardedStorage:
+        """The run's folder, for changes under this generation."""
+        return GuardedStorage(self)
+
+
+class GuardedStorage(Storage):
+    """A run's folder in which nothing is changed once a higher generation exists (LeaseLostError)."""
+
+    def __init__(self, guard: Guard) -> None:
+        super().__init__(guard.run_uri)
+        self._guard = guard
+
+    def _before_change(self) -> None:
+        self._guard.check()
+
+
+class Lease:
+    """A lease that this driver holds: renewed by a thread, given back on exit from the `with` block."""
+
+    def __init__(self, guard: Guard, record: Record) -> None:
+        self.guard = guard
+        self._record = record
+        self._stop: str | None = None
+        self._wake, self._ended = threading.Event(), threading.Event()
+        self._thread = threading.Thread(target=self._keep, name="lease", daemon=True)
+
+    def __enter__(self) -> Lease:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._ended.set()
+        self._wake.set()
+        self._thread.join()
+        with contextlib.suppress(LeaseLostError):  # whose it is now has been said
+            self._write(released=True)
+
+    def ask_to_stop(self, reason: str) -> None:
+        """Let the workers save and end at their next step; may be called by a signal handler."""
+        self._stop = reason
+        self._wake.set()
+
+    def is_held(self) -> bool:
+        try:
+            self.guard.check()
+        except LeaseLostError:
+            return False
+        return True
+
+    def _keep(self) -> None:
+        while True:
+            self._wake.wait(self._record.lease_s / _BEATS_PER_LEASE)
+            self._wake.clear()
+            if self._ended.is_set():
+                return
+            try:
+                self._write()
+            except LeaseLostError as error:
+                print(f"error: {error}", file=sys.stderr, flush=True)
+                return
+            except OSError as error:  # tried again; if it lasts, another driver may take the run
+                print(f"the lease of {self.guard.run_uri} was not renewed: {error}", file=sys.stderr)
+
+    def _write(self, *, released: bool = False) -> None:
+        update = {"beat": self._record.beat + 1, "released": released, "stop": self._stop}
+        self._record = self._record.model_copy(update=update)
+        content = self._record.model_dump_json(indent=1).encode()
+        self.guard.storage().write_bytes(f"{FOLDER}/{self.guard.name}", content)
+
+
+def acquire(run: Storage, lease_s: float) -> Lease:
+    """Take the run's lease, waiting up to the holder's lease time to learn whether that one is alive.
+
+    `lease_s`: seconds without a heartbeat after which others may take it. Raises LeaseHeldError, which names
+    the holder.
+    """
+    record = Record(holder=Holder.this_process(), lease_s=lease_s)
+    while True:
+        newest = _newest(run)
+        for name in newest:
+            _wait_until_free(run, name)
+        generation = _generation(newest[0]) + 1 if newest else 1
+        mine = f"{generation:08d}-{uuid.uuid4().hex}.json"
+        run.write_bytes(f"{FOLDER}/{mine}", record.model_dump_json(indent=1).encode())
+        if _newest(run) == [mine]:
+            for name in _names(run):
+                if name != mine:
+                    run.delete(f"{FOLDER}/{name}")
+            return Lease(Guard(run.uri, mine), record)
+        run.delete(f"{FOLDER}/{mine}")
+        time.sleep(random.uniform(0.2, 1.0))  # so that two who meet do not meet for ever
+
+
+def _wait_until_free(run: Storage, name: str) -> None:
+    """Return once the holder of `name` has given it back or is dead; LeaseHeldError once it shows life."""
+    first = _read(run, name)
+    if first is None or first.released or first.holder.has_ended():
+        return
+    print(
+        f"run {run.uri} is held by {first.holder}: taken over if it gives no sign of life for "
+        f"{first.lease_s:g} s",
+        flush=True,
+    )
+    began = time.monotonic()
+    while True:
+        waited = time.monotonic() - began  # before the look, so that a slow look counts for the holder
+        now = _read(run, name)
+        if now is None or now.released or now.holder.has_ended():
+            return
+        if now.beat != first.beat:
+            raise LeaseHeldError(
+                f"run {run.uri} is being written by {now.holder} (generation {_generation(name)}), which is "
+                "alive: let it end or stop it, or choose another run.name"
+            )
+        if waited >= first.lease_s:
+            return
+        time.sleep(min(1.0, first.lease_s / _BEATS_PER_LEASE))
+
+
+def _names(run: Storage) -> list[str]:
+    return [name for name in run.names(FOLDER) if _NAME.fullmatch(name)]
+
+
+def _newest(run: Storage) -> list[str]:
+    """Files of the highest generation: one, but for drivers that are taking the lease now."""
+    names = _names(run)
+    return [name for name in names if _generation(name) == _generation(names[-1])]
+
+
+def _generation(name: str) -> int:
+    match = _NAME.fullmatch(name)
+    assert match is not None, name
+    return int(match[1])
+
+
+def _read(run: Storage, name: str) -> Record | None:
+    try:
+        return Record.model_validate_json(run.read_bytes(f"{FOLDER}/{name}"))
+    except FileNotFoundError:  # its writer stepped back, or it was superseded
+        return None
+
+
+def _process_identity(pid: int) -> str | None:
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        namespace = os.stat("/proc/self/ns/pid").st_ino
+        # Field 22, counted after the command's name, which may hold spaces and parentheses.
+        started = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+    except OSError:
+        return None
+    return f"{boot}/{namespace}/{pid}/{started}"
+
+
+def _namespace(process: str) -> list[str]:
+    return process.split("/")[:2]

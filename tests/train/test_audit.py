@@ -1,0 +1,57 @@
+"""The audit of applied places: written by every rank at its step, read as what the final weights are made of."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from arvideo_dist.data.loader import Batch
+from arvideo_dist.data.order import places_of_rank
+from arvideo_dist.storage import Storage
+from arvideo_dist.train.audit import Audit, applied_places
+from arvideo_dist.train.lease import Guard, acquire
+from tests.train.distributed import run_ranks
+
+GLOBAL_BATCH, MICRO_BATCH = 10, 2
+
+
+def _attempt(guard: Guard, first: int, last: int, remote: bool) -> None:
+    """Apply steps `first` + 1 to `last`; `remote`: as on storage that cannot append, flushed at every third."""
+    control = dist.group.WORLD
+    assert control is not None
+    audit = Audit(guard, first, control)
+    audit._run.is_local = not remote
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    for step in range(first + 1, last + 1):
+        micro = places_of_rank((step - 1) * GLOBAL_BATCH, GLOBAL_BATCH, MICRO_BATCH, rank, world_size)
+        nothing = torch.zeros(0)
+        batches = [
+            Batch(nothing, nothing, nothing, nothing, places=torch.tensor(places), bad=[]) for places in micro
+        ]
+        audit.applied(step, batches)
+        if step % 3 == 0:
+            audit.flush()
+
+
+def test_steps_lost_with_their_workers_do_not_count_and_every_place_counts_once(tmp_path: Path) -> None:
+    run = Storage(str(tmp_path / "run"))
+    with acquire(run, lease_s=600) as lease:
+        run_ranks(2, _attempt, lease.guard, 0, 5, False)  # the checkpoint is step 3's
+        run_ranks(3, _attempt, lease.guard, 3, 6, True)  # which leaves a rank without a place to pad
+    with acquire(run, lease_s=600) as lease:  # another driver; step 6's checkpoint was damaged
+        run_ranks(1, _attempt, lease.guard, 3, 9, False)
+    assert applied_places(run) == {
+        step: list(range((step - 1) * GLOBAL_BATCH, step * GLOBAL_BATCH)) for step in range(1, 10)
+    }
+
+
+def test_a_place_that_was_applied_twice_shows(tmp_path: Path) -> None:
+    run = Storage(str(tmp_path / "run"))
+    with acquire(run, lease_s=600) as lease:
+        run_ranks(2, _attempt, lease.guard, 0, 2, False)
+        (attempt,) = run.names("audit")
+        first, second = (tmp_path / "run/audit" / attempt / f"rank-0000{rank}.jsonl" for rank in (0, 1))
+        second.write_text(first.read_text())  # both ranks read the same stretch
+    assert applied_places(run)[1] == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4]

@@ -1,0 +1,142 @@
+"""A changed configuration on resume: what alters the result is refused by name, what does not is free."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from arvideo_dist.config import RunConfig
+from arvideo_dist.data.index import FileEntry
+from arvideo_dist.storage import Storage
+from arvideo_dist.train.changes import ALTERING, FREE, check_allowed_names, data_digests, refuse_changes
+from arvideo_dist.train.checkpoint import FOLDER, MANIFEST, STATE, CheckpointManifest, checkpoint_name
+from arvideo_dist.train.launch import check_resume
+from tests.data.conftest import FRAMES, write_dataset
+
+
+def _config(**sections: dict[str, Any]) -> RunConfig:
+    return RunConfig.model_validate(sections)
+
+
+def _refuse(before: RunConfig, after: RunConfig, **now: Any) -> list[str]:
+    """With data of digest `d`, in fp32, unless `now` says otherwise."""
+    state = {"config": before.model_dump(mode="json"), "data_digests": ["d" * 64], "precision": "fp32"}
+    return refuse_changes(
+        state, after, now.get("digests", ["d" * 64]), now.get("precision", "fp32"), "run/checkpoints/step-1"
+    )
+
+
+def test_every_field_of_the_configuration_is_classified_once() -> None:
+    fields = {
+        f"{section}.{name}"
+        for section, info in RunConfig.model_fields.items()
+        for name in info.annotation.model_fields  # type: ignore[union-attr]
+    }
+    assert fields == ALTERING | FREE, "classify a new field in arvideo_dist/train/changes.py"
+    assert not ALTERING & FREE
+
+
+def test_all_differing_fields_are_named_with_both_values_and_the_remedy() -> None:
+    before = _config(optim={"base_lr": 1e-3}, train={"epochs": 800})
+    after = _config(optim={"base_lr": 2e-3}, train={"epochs": 1600})
+    with pytest.raises(ValueError, match="differs from that of run/checkpoints/step-1") as refused:
+        _refuse(before, after)
+    lines = str(refused.value).splitlines()
+    assert lines[1:3] == [
+        "  optim.base_lr: 0.001 in the checkpoint, 0.002 now",
+        "  train.epochs: 800.0 in the checkpoint, 1600.0 now",
+    ]
+    assert "--run.allow_change optim.base_lr,train.epochs" in lines[3]
+
+
+def test_named_fields_may_change_and_only_those() -> None:
+    before = _config(train={"epochs": 800})
+    after = _config(run={"allow_change": ["train.epochs"]}, train={"epochs": 1600})
+    assert _refuse(before, after) == ["train.epochs: 800.0 in the checkpoint, 1600.0 now"]
+    also = _config(run={"allow_change": ["train.epochs"], "seed": 1}, train={"epochs": 1600})
+    with pytest.raises(ValueError, match=r"run\.seed: 0 in the checkpoint, 1 now") as refused:
+        _refuse(before, also)
+    assert "train.epochs" not in str(refused.value)
+
+
+def test_workers_places_and_care_are_free() -> None:
+    after = _config(
+        run={"name": "other", "storage_path": "/elsewhere", "checkpoint_every_steps": 7, "keep_last": 9},
+        data={"path": "/moved", "workers": 1, "max_bad_fraction": 0.5},
+        train={"micro_batch": 8, "zero_stage": 3, "log_every_steps": 1},
+        cluster={"workers": 3},
+        tracking={"uri": "http://tracking"},
+    )
+    assert _refuse(_config(data={"path": "/data"}), after) == []
+
+
+def test_other_data_are_refused_though_they_lie_at_the_same_path() -> None:
+    config = _config(data={"path": "/data"})
+    with pytest.raises(ValueError, match=r"data\.path: 'index sha256 dddd.*' in the checkpoint, .*eeee.*now"):
+        _refuse(config, config, digests=["e" * 64])
+
+
+def test_precision_is_compared_as_it_was_resolved() -> None:
+    bf16 = _config(train={"precision": "bf16"})
+    assert _refuse(_config(), bf16, precision=None) == []  # not known before the workers start
+    assert _refuse(_config(), _config(train={"precision": "fp32"})) == []
+    with pytest.raises(ValueError, match=r"train\.precision: 'fp32' in the checkpoint, 'bf16' now"):
+        _refuse(_config(), bf16, precision="bf16")
+
+
+def test_a_field_that_is_younger_than_the_checkpoint_had_its_default() -> None:
+    state = {"config": _config().model_dump(mode="json"), "data_digests": ["d" * 64], "precision": "fp32"}
+    del state["config"]["decoder"]["target_ratio"]
+    assert refuse_changes(state, _config(), ["d" * 64], "fp32", "checkpoint") == []
+    changed = _config(decoder={"target_ratio": 0.5})
+    with pytest.raises(ValueError, match=r"decoder\.target_ratio: 1\.0 in the checkpoint, 0\.5 now"):
+        refuse_changes(state, changed, ["d" * 64], "fp32", "checkpoint")
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [("train.epocs", "is no field that alters"), ("train.micro_batch", "may change without leave")],
+)
+def test_allow_change_accepts_only_fields_that_need_it(name: str, expected: str) -> None:
+    with pytest.raises(ValueError, match=expected):
+        check_allowed_names(_config(run={"allow_change": [name]}))
+
+
+def _write_checkpoint(run: Storage, step: int, config: RunConfig) -> None:
+    """One without parameters."""
+    state = {
+        "config": config.model_dump(mode="json"),
+        "data_digests": data_digests(config.data),
+        "precision": "fp32",
+    }
+    content = json.dumps(state).encode()
+    entry = FileEntry(name=STATE, size=len(content), sha256=hashlib.sha256(content).hexdigest())
+    manifest = CheckpointManifest(shapes={}, fragments=[], parts=[], state=entry)
+    run.write_bytes(f"{FOLDER}/{checkpoint_name(step)}/{STATE}", content)
+    run.write_bytes(f"{FOLDER}/{checkpoint_name(step)}/{MANIFEST}", manifest.model_dump_json().encode())
+
+
+def test_the_driver_refuses_by_the_newest_checkpoint_that_can_be_read(tmp_path: Path) -> None:
+    data = write_dataset(tmp_path / "data", [b"x"] * 3, FRAMES[:3])
+    sections: dict[str, Any] = {
+        "run": {"name": "one", "storage_path": str(tmp_path)},
+        "data": {"path": data.uri, "val_split": None},
+        "cluster": {"device": "cpu"},
+    }
+    config = _config(**sections)
+    check_resume(config)  # nothing to compare with yet
+    for step in (1, 2):
+        _write_checkpoint(Storage(str(tmp_path / "one")), step, config)
+    check_resume(config)
+    changed = _config(**sections, model={"mask_ratio": 0.5})
+    with pytest.raises(
+        ValueError, match=r"step-00000002 in what alters the result:\n  model\.mask_ratio: 0\.8"
+    ):
+        check_resume(changed)
+    (tmp_path / "one" / FOLDER / checkpoint_name(2) / MANIFEST).write_text("{")
+    with pytest.raises(ValueError, match=r"step-00000001 in what alters the result"):
+        check_resume(changed)

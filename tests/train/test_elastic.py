@@ -1,0 +1,135 @@
+"""Runs on Ray nodes that really leave and join: the sequence of places does not notice."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ray.cluster_utils import Cluster
+
+from arvideo_dist.storage import Storage
+from arvideo_dist.train.audit import applied_places
+from tests.train.runs import TINY, PretrainProcess, history, make_data, write_config
+
+GLOBAL_BATCH = 16
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_data(tmp_path_factory.mktemp("elastic") / "data")
+
+
+@pytest.fixture
+def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
+    """A head that takes no training workers; nodes of one CPU are added by the tests."""
+    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+    cluster = Cluster(
+        initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": True, "dashboard_port": 0}
+    )
+    yield cluster
+    cluster.shutdown()
+
+
+def drain(cluster: Cluster, node: Any) -> None:
+    """What a cloud or Kubernetes says before it takes a node: Ray's preemption notice."""
+    subprocess.run(
+        [
+            *("ray", "drain-node", "--address", cluster.address, "--node-id", node.node_id),
+            *("--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "reclaimed"),
+            *("--deadline-remaining-seconds", "600"),
+        ],
+        check=True,
+        capture_output=True,
+    )
+
+
+@pytest.fixture
+def start(data: Path, tmp_path: Path, cluster: Cluster) -> Callable[..., PretrainProcess]:
+    def start(name: str, workers: Any, steps: int, every: int) -> PretrainProcess:
+        config = write_config(
+            tmp_path / f"{name}.yaml",
+            run={
+                "name": name,
+                "storage_path": str(tmp_path / "runs"),
+                "checkpoint_every_steps": every,
+                "audit": True,
+            },
+            data={**TINY["data"], "path": str(data), "val_split": None},
+            train={**TINY["train"], "steps": steps, "global_batch": GLOBAL_BATCH},
+            cluster={
+                "address": cluster.address,
+                "workers": workers,
+                "device": "cpu",
+                "resize_interval_s": 5,
+            },
+        )
+        return PretrainProcess(["--config", str(config)])
+
+    return start
+
+
+def check_places_and_points(run: Storage, steps: int) -> None:
+    """Each place of the run exactly once in the final weights, at its own step; each step logged once."""
+    expected = {
+        step: list(range((step - 1) * GLOBAL_BATCH, step * GLOBAL_BATCH)) for step in range(1, steps + 1)
+    }
+    assert applied_places(run) == expected
+    storage, _, name = run.uri.rpartition("/")
+    assert [step for step, _ in history(Path(storage), name, "loss/train")] == list(range(1, steps + 1))
+
+
+def world_sizes(run: Storage) -> list[int]:
+    return [
+        json.loads(run.read_bytes(f"audit/{attempt}/start.json"))["world_size"]
+        for attempt in run.names("audit")
+    ]
+
+
+def test_node_with_a_preemption_notice_is_left_with_a_checkpoint_and_the_run_goes_on_narrower(
+    cluster: Cluster, start: Callable[..., PretrainProcess], tmp_path: Path
+) -> None:
+    steps = 60
+    nodes = [cluster.add_node(num_cpus=1) for _ in range(2)]
+    process = start("drained", [1, 2], steps, every=1000)
+    process.read_until(r"step 3/60")
+    drain(cluster, nodes[1])
+    said = process.read_until(r"interrupted after step \d+: preemption notice for the nodes of ranks \d")
+    step = int(said.split("after step ")[1].split(":")[0])
+    cluster.remove_node(nodes[1])
+    assert process.finish() == 0, process.output
+    assert f"step-{step:08d}, step {step}\n" in process.output
+    assert "1 workers x 4 clips x 4 accumulation steps (padding 0)" in process.output
+    run = Storage(str(tmp_path / "runs/drained"))
+    assert world_sizes(run) == [2, 1]
+    check_places_and_points(run, steps)
+
+
+@pytest.mark.slow
+def test_run_narrows_and_widens_with_its_nodes_and_applies_each_place_once(
+    cluster: Cluster, start: Callable[..., PretrainProcess], tmp_path: Path
+) -> None:
+    steps = 300
+    nodes = [cluster.add_node(num_cpus=1) for _ in range(2)]
+    process = start("elastic", [1, 3], steps, every=7)
+    process.read_until(r"step \d*[3-6]/300")
+    cluster.remove_node(nodes.pop(), allow_graceful=False)
+    process.read_until(r"1 workers x 4 clips x 4 accumulation steps \(padding 0\)")
+    process.read_until(r"step \d+/300")
+    nodes += [cluster.add_node(num_cpus=1) for _ in range(2)]
+    process.read_until(r"continues from")  # three workers are the plan, so it is not printed again
+    process.read_until(r"step \d+/300")
+    drain(cluster, nodes[-1])
+    process.read_until(r"interrupted after step \d+: preemption notice")
+    cluster.remove_node(nodes.pop())
+    assert process.finish() == 0, process.output
+    run = Storage(str(tmp_path / "runs/elastic"))
+    sizes = iter(world_sizes(run))  # the two new nodes may also have been seen one after the other
+    assert all(size in sizes for size in (2, 1, 3, 2))
+    check_places_and_points(run, steps)

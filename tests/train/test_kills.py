@@ -1,0 +1,144 @@
+"""SIGKILL at any moment, also within a save: what looks complete is, and the newest complete one is the start."""
+
+from __future__ import annotations
+
+import multiprocessing as mp
+import random
+import time
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from multiprocessing.connection import wait
+from pathlib import Path
+
+import boto3
+import pytest
+from moto.server import ThreadedMotoServer
+
+from arvideo_dist.storage import Storage
+from arvideo_dist.train.checkpoint import FOLDER, Checkpoint, complete_checkpoints, step_of
+from tests.train.killed_ranks import MOMENTS, SAVE_EVERY, train_until_killed
+
+WORLD_SIZE = 2
+
+
+@pytest.fixture(scope="module")
+def s3() -> Iterator[str]:
+    """URI of a bucket of moto's S3 server."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+            patch.setenv(name, "test")
+        server = ThreadedMotoServer(port=0)
+        server.start()
+        host, port = server.get_host_and_port()
+        boto3.client("s3", endpoint_url=f"http://{host}:{port}", region_name="us-east-1").create_bucket(
+            Bucket="kills"
+        )
+        yield f"s3://kills?endpoint_override={host}:{port}&scheme=http&region=us-east-1"
+        server.stop()
+
+
+@dataclass
+class Lives:
+    """One run that is killed again and again: each life's start and losses, checked against what stands there."""
+
+    run: Storage
+    scratch: Path
+    stage: int = 1
+    losses: dict[int, float] = field(default_factory=dict)
+    complete: list[str] = field(default_factory=list)
+
+    def live(self, stop_at_save: int, moment: str | None, delay: float) -> None:
+        """Start, check where it starts from, and kill: at `moment` of save number `stop_at_save` of this life, or
+        without a moment `delay` seconds after that save was asked for."""
+        context = mp.get_context("forkserver")
+        context.set_forkserver_preload(["tests.train.killed_ranks", "deepspeed"])
+        ends = [context.Pipe(duplex=False) for _ in range(WORLD_SIZE)]
+        store = str(self.scratch / uuid.uuid4().hex)
+        ranks = [
+            context.Process(
+                target=train_until_killed,
+                args=(rank, WORLD_SIZE, store, self.run.uri, self.stage, sender, stop_at_save, moment),
+            )
+            for rank, (_, sender) in enumerate(ends)
+        ]
+        for process in ranks:
+            process.start()
+        try:
+            for _, sender in ends:
+                sender.close()
+            readers = [reader for reader, _ in ends]
+            kind, step, name = readers[0].recv()
+            assert (kind, name) == ("start", self.complete[-1] if self.complete else None)
+            assert step == (step_of(name) if name else 0)
+            last = step + stop_at_save * SAVE_EVERY
+            if moment is None:
+                while step < last:
+                    step = self._follow(readers[0].recv())
+                time.sleep(delay)
+            else:
+                while self._until_there(readers):
+                    pass
+        finally:
+            for process in ranks:
+                process.kill()
+            for process in ranks:
+                process.join()
+        self._look()
+
+    def _until_there(self, readers: list) -> bool:
+        for reader in wait(readers):
+            message = reader.recv()  # type: ignore[union-attr]
+            if message == "there":
+                return False
+            if reader is readers[0]:
+                self._follow(message)
+        return True
+
+    def _follow(self, message: tuple) -> int:
+        """A step that is run again gives the same loss, to the bit: it began from what it should."""
+        kind, step, loss = message
+        assert kind == "step"
+        assert self.losses.setdefault(step, loss) == loss, f"step {step} after another life"
+        return step
+
+    def _look(self) -> None:
+        """Whatever looks complete is, and nothing complete was lost."""
+        complete = complete_checkpoints(self.run)
+        for name in complete:
+            Checkpoint(self.run, name).verify()
+        assert complete[-1:] >= self.complete[-1:]
+        self.complete = complete
+
+
+def _many_lives(run: Storage, scratch: Path, seed: int, kills: int) -> Lives:
+    """Every third kill within a save, at each of its moments in turn; the others at random."""
+    draw, lives = random.Random(seed), Lives(run, scratch)
+    moments = list(MOMENTS)
+    draw.shuffle(moments)
+    for number in range(kills):
+        within = number % 3 == 0
+        moment = moments[number // 3 % len(moments)] if within else None
+        lives.live(draw.randint(1, 4), moment, draw.uniform(0, 0.2))
+    return lives
+
+
+def test_killed_within_a_save_and_beside_it(tmp_path: Path) -> None:
+    """The short form of the test below."""
+    lives = Lives(Storage(str(tmp_path / "run")), tmp_path)
+    lives.live(2, "part half", 0)
+    assert lives.complete == ["step-00000002"]
+    assert (tmp_path / "run" / FOLDER / "step-00000004").exists()
+    lives.live(1, "published", 0)
+    assert lives.complete == ["step-00000002", "step-00000004"]
+    lives.live(1, None, 0)
+
+
+@pytest.mark.slow
+def test_twenty_kills_on_disk(tmp_path: Path) -> None:
+    assert _many_lives(Storage(str(tmp_path / "run")), tmp_path, seed=1, kills=24).complete
+
+
+@pytest.mark.slow
+def test_twenty_kills_on_s3(tmp_path: Path, s3: str) -> None:
+    assert _many_lives(Storage(s3).child("run"), tmp_path, seed=2, kills=24).complete

@@ -1,0 +1,186 @@
+"""One driver at a time writes a run: taking, refusing, expiry, and that who lost the lease changes nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import boto3
+import pytest
+from moto.server import ThreadedMotoServer
+
+from arvideo_dist.storage import Storage
+from arvideo_dist.train import lease as lease_module
+from arvideo_dist.train.lease import FOLDER, Guard, Lease, LeaseHeldError, LeaseLostError, acquire
+
+HOLD = """
+import sys, threading
+from arvideo_dist.storage import Storage
+from arvideo_dist.train.lease import acquire
+with acquire(Storage(sys.argv[1]), float(sys.argv[2])) as lease:
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+@pytest.fixture(scope="module")
+def bucket() -> Iterator[str]:
+    """Host and port of moto's S3 server with a bucket `runs`."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+            patch.setenv(name, "test")
+        server = ThreadedMotoServer(port=0)
+        server.start()
+        host, port = server.get_host_and_port()
+        boto3.client("s3", endpoint_url=f"http://{host}:{port}", region_name="us-east-1").create_bucket(
+            Bucket="runs"
+        )
+        yield f"{host}:{port}"
+        server.stop()
+
+
+@pytest.fixture(params=["local", "s3"])
+def run(request: pytest.FixtureRequest, tmp_path: Path) -> Storage:
+    """An empty run folder, on disk and on S3."""
+    if request.param == "local":
+        return Storage(str(tmp_path / "run"))
+    host = request.getfixturevalue("bucket")
+    return Storage(f"s3://runs/{tmp_path.name}?endpoint_override={host}&scheme=http&region=us-east-1")
+
+
+@pytest.fixture
+def other_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No process can be looked up, as where holder and observer are on different machines."""
+    monkeypatch.setattr(lease_module, "_process_identity", lambda pid: None)
+
+
+class HoldingProcess:
+    """Another process that holds the run's lease until it is ended."""
+
+    def __init__(self, run: Storage, lease_s: float) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", HOLD, run.uri, str(lease_s)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        assert self.process.stdout is not None
+        assert self.process.stdout.readline() == "held\n"
+
+    def end(self, number: signal.Signals) -> None:
+        self.process.send_signal(number)
+        self.process.wait()
+
+
+@pytest.fixture
+def holder(run: Storage) -> Iterator[HoldingProcess]:
+    held = HoldingProcess(run, lease_s=3)
+    yield held
+    held.process.kill()
+    held.process.communicate()
+
+
+def test_live_holder_is_named_to_the_second(run: Storage, holder: HoldingProcess) -> None:
+    with pytest.raises(LeaseHeldError, match=rf"process {holder.process.pid} on .* alive.*run\.name"):
+        acquire(run, lease_s=3)
+
+
+def test_released_lease_is_free_at_once_and_generations_only_grow(run: Storage) -> None:
+    guards = []
+    for _ in range(3):
+        with acquire(run, lease_s=600) as lease:
+            guards.append(lease.guard)
+    assert [guard.generation for guard in guards] == [1, 2, 3]
+    with pytest.raises(LeaseLostError, match="generation 3, this one is 1"):
+        guards[0].check()
+    guards[2].check()
+    assert len(run.names(FOLDER)) == 1
+
+
+def test_lease_of_a_process_of_this_machine_that_has_ended_is_free_at_once(tmp_path: Path) -> None:
+    run = Storage(str(tmp_path))
+    held = HoldingProcess(run, lease_s=600)  # waiting for it would exceed the test's time limit
+    held.end(signal.SIGKILL)
+    with acquire(run, lease_s=600) as lease:
+        assert lease.guard.generation == 2
+
+
+@pytest.mark.usefixtures("other_host")
+def test_silent_holder_is_followed_after_its_lease_time_and_changes_nothing_when_it_wakes(
+    run: Storage, holder: HoldingProcess, capsys: pytest.CaptureFixture[str]
+) -> None:
+    holder.process.send_signal(signal.SIGSTOP)
+    with acquire(run, lease_s=3) as lease:
+        assert lease.guard.generation == 2
+        assert f"held by process {holder.process.pid}" in capsys.readouterr().out
+        holder.process.send_signal(signal.SIGCONT)
+        _, _ = holder.process.communicate("")  # it gives its lease back, or would
+        assert holder.process.returncode == 0
+        (mine,) = [name for name in run.names(FOLDER) if not name.endswith(".partial")]
+        assert mine == lease.guard.name
+
+
+def test_nothing_is_written_or_deleted_under_an_older_generation(run: Storage, tmp_path: Path) -> None:
+    with acquire(run, lease_s=600) as first:
+        mine = pickle.loads(pickle.dumps(first.guard)).storage()
+        mine.write_bytes("result.json", b"first")
+        with acquire_released(run):
+            local = tmp_path / "part"
+            local.write_bytes(b"part")
+            for change in (
+                lambda: mine.write_bytes("result.json", b"old"),
+                lambda: mine.put_file(local, "part"),
+                lambda: mine.delete("result.json"),
+            ):
+                with pytest.raises(LeaseLostError, match="taken over by process"):
+                    change()
+        assert run.read_bytes("result.json") == b"first"
+        assert not run.exists("part")
+
+
+def acquire_released(run: Storage) -> Lease:
+    """Take the run from a holder that has not given it back, as its expiry would allow."""
+    (name,) = run.names(FOLDER)
+    record = json.loads(run.read_bytes(f"{FOLDER}/{name}"))
+    run.write_bytes(f"{FOLDER}/{name}", json.dumps({**record, "released": True}).encode())
+    return acquire(run, lease_s=600)
+
+
+def test_of_drivers_that_start_together_exactly_one_takes_the_run(run: Storage) -> None:
+    drivers = 6
+    together = threading.Barrier(drivers)
+
+    def start() -> Lease | LeaseHeldError:
+        together.wait()
+        try:
+            return acquire(run, lease_s=3).__enter__()
+        except LeaseHeldError as error:
+            return error
+
+    with ThreadPoolExecutor(drivers) as pool:
+        results = [future.result() for future in [pool.submit(start) for _ in range(drivers)]]
+    winners = [result for result in results if isinstance(result, Lease)]
+    assert len(winners) == 1, results
+    winners[0].guard.check()
+    winners[0].__exit__(None, None, None)
+
+
+def test_workers_hear_that_the_driver_wants_them_to_stop(run: Storage) -> None:
+    with acquire(run, lease_s=3) as lease:
+        workers = Guard(run.uri, lease.guard.name)
+        assert workers.stop_asked() is None
+        lease.ask_to_stop("SIGTERM")
+    assert workers.stop_asked() == "SIGTERM"
+
+
+def test_held_by_its_own_process_is_not_taken_for_ended() -> None:
+    assert not lease_module.Holder.this_process().has_ended()
+    assert lease_module.Holder.this_process().pid == os.getpid()

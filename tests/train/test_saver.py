@@ -1,0 +1,249 @@
+"""Saves beside the training: what they hold, when they are due, what is kept, and how a failure is known."""
+
+from __future__ import annotations
+
+import random
+import re
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file
+
+from arvideo_dist.data.loader import BadRecord
+from arvideo_dist.storage import Storage
+from arvideo_dist.train.agreement import agree
+from arvideo_dist.train.checkpoint import (
+    FOLDER,
+    MANIFEST,
+    Checkpoint,
+    CheckpointError,
+    checkpoint_name,
+    complete_checkpoints,
+    retain,
+)
+from arvideo_dist.train.engine import Engine
+from tests.train.distributed import make_saver, run_ranks, save_checkpoint
+from tests.train.keyed import micro_batch, new_engine, new_model, state_at, train_steps
+
+
+class HeldStorage(Storage):
+    """Parts wait until they are let go, and fail on rank 1 in the checkpoints of `failing` steps."""
+
+    def __init__(self, uri: str, failing: tuple[int, ...] = (), let_go: bool = True) -> None:
+        super().__init__(uri)
+        self.begun, self.let_go = threading.Event(), threading.Event()
+        self.failing = [checkpoint_name(step) for step in failing]
+        if let_go:
+            self.let_go.set()
+
+    @contextmanager
+    def streaming(self, name: str) -> Iterator[IO[bytes]]:
+        self.begun.set()
+        assert self.let_go.wait(60)
+        if dist.get_rank() == 1 and name.split("/")[1] in self.failing:
+            raise OSError("No space left on device")
+        with super().streaming(name) as file:
+            yield file
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("saver")
+
+
+@pytest.fixture(scope="module")
+def found(folder: Path) -> list[dict[str, Any]]:
+    """What two ranks found, by rank; all in one pair of processes, since starting one costs seconds."""
+    return run_ranks(2, _find, str(folder))
+
+
+def _find(folder: str) -> dict[str, Any]:
+    engine = new_engine(new_model(), stage=0)
+    return {
+        "held": _train_past_a_held_save(f"{folder}/held", engine),
+        "once": _fail(f"{folder}/once", engine, failing=(1,), saves=(1, 2)),
+        "twice": _fail(f"{folder}/twice", engine, failing=(1, 2), saves=(1, 2)),
+        "last": _fail(f"{folder}/last", engine, failing=(1,), saves=(1,)),
+        "votes": _votes(engine),
+        "agreed": _agree_on_bad(),
+        "random": _random_states(engine),
+        "parts": _save_fresh(f"{folder}/parts"),
+    }
+
+
+def _train_past_a_held_save(folder: str, engine: Engine) -> dict[str, Any]:
+    run = HeldStorage(folder, let_go=False)
+    saver = make_saver(run, engine)
+    train_steps(engine, 0, 2, 4, saver)
+    then = {name: value.clone() for name, value in engine.module.state_dict().items()}
+    saver.request(2, state_at(2))
+    train_steps(engine, 2, 4, 4, saver)
+    assert run.begun.wait(60)
+    before = complete_checkpoints(run)
+    run.let_go.set()
+    saver.finish()
+    model = new_model()
+    Checkpoint(run, "step-00000002").load_weights(model)
+    saved, now = model.state_dict(), engine.module.state_dict()
+    return {
+        "complete while held": before,
+        "complete then": complete_checkpoints(run),
+        "as it was": all(torch.equal(saved[name], then[name]) for name in then),
+        "as it is": all(torch.equal(saved[name], now[name]) for name in now),
+    }
+
+
+def test_training_goes_on_while_the_state_as_it_was_is_saved(found: list[dict[str, Any]]) -> None:
+    assert found[0]["held"] == {
+        "complete while held": [],
+        "complete then": ["step-00000002"],
+        "as it was": True,
+        "as it is": False,
+    }
+
+
+def _fail(folder: str, engine: Engine, failing: tuple[int, ...], saves: tuple[int, ...]) -> list[str]:
+    """What the saves said, then the complete checkpoints."""
+    run = HeldStorage(folder, failing)
+    saver = make_saver(run, engine)
+    said = []
+    try:
+        for step in saves:
+            said.append(str(saver.request(step, state_at(step))))
+            train_steps(engine, step, step + 1, 4, saver)  # between two saves nothing is raised
+        saver.finish()
+    except CheckpointError as error:
+        said.append(f"raised {error}")
+    return [*said, *complete_checkpoints(run)]
+
+
+def test_a_failed_save_is_told_to_all_ranks_by_the_next_which_is_then_waited_for(
+    found: list[dict[str, Any]],
+) -> None:
+    for rank in found:
+        first, second, *complete = rank["once"]
+        assert first == "None"
+        assert "step-00000001 failed: rank 1: OSError: No space left on device" in second
+        assert complete == ["step-00000002"]
+
+
+def test_two_failed_saves_in_a_row_are_an_error_on_all_ranks(found: list[dict[str, Any]]) -> None:
+    for rank in found:
+        assert rank["twice"][0] == "None"
+        assert re.search(
+            "raised two saves in a row failed.*00000001 failed.*00000002 failed", rank["twice"][1]
+        )
+        assert len(rank["twice"]) == 2
+
+
+def test_a_failed_last_save_is_an_error_on_all_ranks(found: list[dict[str, Any]]) -> None:
+    for rank in found:
+        assert "raised save of" in rank["last"][1]
+        assert "No space left on device" in rank["last"][1]
+
+
+def _save_fresh(folder: str) -> None:
+    save_checkpoint(Storage(folder), new_engine(new_model(), stage=3), 1, state_at(1))
+
+
+def test_parts_are_what_the_safetensors_library_reads(found: list[dict[str, Any]], folder: Path) -> None:
+    """The header is written here, since the library writes files from tensors only."""
+    parts = sorted((folder / "parts" / FOLDER / "step-00000001").glob("part-*"))
+    tensors = [load_file(part) for part in parts]
+    assert len(tensors) == 2
+    for name, parameter in new_model().named_parameters():
+        whole = torch.cat([part[f"weight/{name}"] for part in tensors if f"weight/{name}" in part])
+        assert torch.equal(whole, parameter.detach().flatten()), name
+        assert not any(part[f"exp_avg/{name}"].any() for part in tensors if f"exp_avg/{name}" in part)
+
+
+def _votes(engine: Engine) -> list[bool]:
+    """Whether a save is due by time at three steps, between which 31 s pass on rank 0's clock alone."""
+    control = dist.group.WORLD
+    assert control is not None
+    saver = make_saver(
+        Storage("unused"), engine, checkpoint_every_steps=100, checkpoint_every_minutes=1, keep_every=3
+    )
+    due = []
+    for _ in range(3):
+        due.append(agree([micro_batch([0])], control, save_due=saver.due_by_time(), look=False).save_due)
+        if dist.get_rank() == 0:
+            saver._requested_at -= 31
+    return [*due, *(saver.due_by_step(step) for step in (100, 6, 7))]
+
+
+def test_a_save_is_due_by_step_or_by_rank_0s_clock_alike_on_all_ranks(found: list[dict[str, Any]]) -> None:
+    for rank in found:
+        assert rank["votes"] == [False, False, True, True, True, False]
+
+
+def _agree_on_bad() -> tuple[float, int]:
+    control = dist.group.WORLD
+    assert control is not None
+    batch = micro_batch([5, 6] if dist.get_rank() else [7, -1])
+    batch.bad = [BadRecord(5, "shard", "key", "reason")] * dist.get_rank()
+    facts = agree([batch], control, save_due=False, look=False)
+    return facts.total_weight, facts.bad_samples
+
+
+def test_weight_and_bad_samples_of_the_global_batch_are_the_same_on_all_ranks(
+    found: list[dict[str, Any]],
+) -> None:
+    assert [rank["agreed"] for rank in found] == [(2.0, 1), (2.0, 1)]
+
+
+def _random_states(engine: Engine) -> list[bool]:
+    before = torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()
+    train_steps(engine, 0, 2, 4)
+    after = torch.get_rng_state(), np.random.get_state()[1], random.getstate()
+    return [torch.equal(before[0], after[0]), bool((before[1] == after[1]).all()), before[2] == after[2]]
+
+
+def test_a_training_step_draws_from_no_global_generator(found: list[dict[str, Any]]) -> None:
+    """So a checkpoint holds no random state: seed and position are all there is to it."""
+    for rank in found:
+        assert rank["random"] == [True, True, True]
+
+
+@pytest.fixture
+def make_checkpoints(tmp_path: Path) -> Callable[..., Storage]:
+    """A run's folder with complete checkpoints of `steps` and leftovers without a manifest of `killed`."""
+
+    def make(steps: list[int], killed: list[int]) -> Storage:
+        run = Storage(str(tmp_path))
+        for step in [*steps, *killed]:
+            folder = f"{FOLDER}/{checkpoint_name(step)}"
+            run.write_bytes(f"{folder}/part", b"x")
+            if step in steps:
+                run.write_bytes(f"{folder}/{MANIFEST}", b"{}")
+        return run
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("keep_last", "keep_every", "kept"),
+    [(2, None, [40, 50]), (1, None, [50]), (1, 20, [20, 40, 50]), (9, None, [10, 20, 30, 40, 50])],
+)
+def test_the_newest_and_the_multiples_of_keep_every_are_kept(
+    make_checkpoints: Callable[..., Storage], keep_last: int, keep_every: int | None, kept: list[int]
+) -> None:
+    run = make_checkpoints([10, 20, 30, 40, 50], killed=[35])
+    retain(run, "step-00000050", keep_last, keep_every)
+    assert run.names(FOLDER) == [checkpoint_name(step) for step in kept]
+
+
+def test_what_a_run_that_fell_back_finds_ahead_of_it_goes_and_what_it_wrote_stays(
+    make_checkpoints: Callable[..., Storage],
+) -> None:
+    """Else a damaged checkpoint of a later step would count as the newest to be kept."""
+    run = make_checkpoints([10, 20, 30], killed=[40])
+    retain(run, "step-00000020", keep_last=1, keep_every=None)
+    assert run.names(FOLDER) == ["step-00000020"]
