@@ -66,13 +66,14 @@ def test_model_checks_pass_on_the_cpu(name: str) -> None:
     assert result["passed"], result
 
 
-def _zero_stages() -> dict:
+def _with_deepspeed(name: str) -> dict:
     torch.distributed.destroy_process_group()
-    result: dict = _load().check_zero_stages(torch.device("cpu"))
+    result: dict = getattr(_load(), name)(torch.device("cpu"))
     torch.distributed.init_process_group("gloo", rank=0, world_size=1)
     return result
 
 
-def test_zero_stages_agree_in_bf16_on_the_cpu() -> None:
-    (result,) = run_ranks(1, _zero_stages)
+@pytest.mark.parametrize("name", ["check_zero_stages", "check_checkpoints"])
+def test_engine_checks_pass_in_bf16_on_the_cpu(name: str) -> None:
+    (result,) = run_ranks(1, _with_deepspeed, name)
     assert result["passed"], result
