@@ -25,17 +25,19 @@ WORLD_SIZE = 2
 @pytest.fixture(scope="module")
 def s3() -> Iterator[str]:
     """URI of a bucket of moto's S3 server."""
-    with pytest.MonkeyPatch.context() as patch:
-        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
-            patch.setenv(name, "test")
-        server = ThreadedMotoServer(port=0)
-        server.start()
-        host, port = server.get_host_and_port()
-        boto3.client("s3", endpoint_url=f"http://{host}:{port}", region_name="us-east-1").create_bucket(
-            Bucket="kills"
-        )
-        yield f"s3://kills?endpoint_override={host}:{port}&scheme=http&region=us-east-1"
-        server.stop()
+    server = ThreadedMotoServer(port=0)
+    server.start()
+    host, port = server.get_host_and_port()
+    boto3.client(
+        "s3",
+        endpoint_url=f"http://{host}:{port}",
+        region_name="us-east-1",
+        aws_access_key_id="test",
+        aws_secret_access_key="test",
+    ).create_bucket(Bucket="kills")
+    # With the credentials in it: a fork server does not pass on what is added to the environment.
+    yield f"s3://test:test@kills?endpoint_override={host}:{port}&scheme=http&region=us-east-1"
+    server.stop()
 
 
 @dataclass
