@@ -9,8 +9,9 @@ A failed check ends with exit code 1 after all others have run.
 from __future__ import annotations
 
 import argparse
-import contextlib
+import atexit
 import copy
+import functools
 import importlib.util
 import json
 import os
@@ -18,7 +19,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -215,16 +216,13 @@ def _leaking_places(
     return leaking
 
 
-@contextlib.contextmanager
-def single_rank(device: torch.device) -> Iterator[None]:
-    """A process group of one rank: NCCL for the device's tensors, gloo for the host's."""
+@functools.cache
+def join_single_rank(cuda: bool) -> None:
+    """A process group of one rank: NCCL for the device's tensors, gloo for the host's. It stays until the process
+    ends, since DeepSpeed keeps the group that it meets first."""
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="29511", RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
-    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, rank=0, world_size=1)
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
+    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", rank=0, world_size=1)
+    atexit.register(dist.destroy_process_group)
 
 
 def fresh_model() -> PretrainingModel:
@@ -257,8 +255,8 @@ def check_zero_stages(device: torch.device) -> dict[str, Any]:
     """ZeRO 0 to 3 (one rank; NCCL on a GPU) in bf16 give the same falling losses over ten steps."""
     if importlib.util.find_spec("deepspeed") is None:
         return {"passed": True, "skipped": "DeepSpeed is not installed"}
-    with single_rank(device):
-        losses = [train_steps(make_engine(fresh_model(), device, stage), 10) for stage in range(4)]
+    join_single_rank(device.type == "cuda")
+    losses = [train_steps(make_engine(fresh_model(), device, stage), 10) for stage in range(4)]
     spread = float(np.ptp(losses, axis=0).max())
     falls = all(series[-1] < series[0] for series in losses)
     return {"passed": falls and spread < 0.01 * losses[0][0], "largest_spread": spread, "losses": losses}
@@ -274,8 +272,9 @@ def check_checkpoints(device: torch.device) -> dict[str, Any]:
     from arvideo_dist.train.checkpoint import open_newest_whole
     from arvideo_dist.train.saver import Saver
 
+    join_single_rank(device.type == "cuda")
     differences = {}
-    with single_rank(device), tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder:
         control = dist.new_group(backend="gloo")
         for stage in range(4):
             run, engine = Storage(folder).child(f"zero-{stage}"), make_engine(fresh_model(), device, stage)
