@@ -84,6 +84,8 @@ def _loader(flags: argparse.Namespace) -> dict[str, Any]:
             f"{ratio['mean']:5.2f} times cheaper than videomae, {figures['cores_per_gpu']:6.1f} cores for "
             f"{flags.gpu_clips_per_second:g} clips/s"
         )
+        if "rounds" in ratio:
+            print("          each round: " + "  ".join(f"{times:.2f}" for times in ratio["rounds"]))
         if "split_cpu_ms" in figures:
             print(
                 "          " + "  ".join(f"{stage} {ms:.2f}" for stage, ms in figures["split_cpu_ms"].items())

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
@@ -69,28 +69,45 @@ class RunConfigSection(Section):
 CropScales = Annotated[tuple[Annotated[float, Field(gt=0, le=1)], ...], Field(min_length=1)]
 
 
-class MixedData(Section):
-    """A further data set of the run, with its own stride and augmentation."""
+class ClipSampling(Section):
+    """How a data set's clips are drawn."""
+
+    sampling: Literal["window", "segments"] = Field(
+        "window",
+        description="window: frames at the stride from a uniform start; segments: one frame from each of as many "
+        "equal parts of the video as the clip has frames (fine-tuning on SSv2)",
+    )
+    stride: PositiveInt = Field(4, description="source frames from one clip frame to the next, of a window")
+    crop_scales: CropScales = Field(
+        (1.0, 0.875, 0.75, 0.66), description="multi-scale crop: shares of the short side"
+    )
+
+    @model_validator(mode="after")
+    def _check_sampling(self) -> Self:
+        if self.sampling == "segments" and self.stride != type(self).model_fields["stride"].default:
+            raise ValueError(
+                f"stride {self.stride} has no meaning with sampling segments, which cover the whole video: leave "
+                "stride unset, or set sampling to window"
+            )
+        return self
+
+
+class MixedData(ClipSampling):
+    """A further data set of the run, with its own sampling and augmentation."""
 
     path: str = Field(description="folder or URI of a data set made by data_prep")
     split: str = Field("train", description="split to train on")
     weight: float = Field(
         1.0, gt=0, description="share of the samples, relative to data.weight and the others"
     )
-    stride: PositiveInt = Field(4, description="source frames from one clip frame to the next")
-    crop_scales: CropScales = Field((1.0, 0.875, 0.75, 0.66), description="multi-scale crop")
 
 
-class DataConfig(Section):
+class DataConfig(ClipSampling):
     """The data set and how clips are drawn from it."""
 
     path: str | None = Field(None, description="folder or URI of a data set made by data_prep; required")
     split: str = Field("train", description="split to train on")
     val_split: str | None = Field("val", description="held-out split; null: no validation")
-    stride: PositiveInt = Field(4, description="source frames from one clip frame to the next")
-    crop_scales: CropScales = Field(
-        (1.0, 0.875, 0.75, 0.66), description="multi-scale crop: shares of the short side"
-    )
     weight: float = Field(
         1.0, gt=0, description="share of the samples where data.mixture names more data sets"
     )

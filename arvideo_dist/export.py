@@ -5,12 +5,11 @@ from __future__ import annotations
 import argparse
 import sys
 
-from arvideo_dist.config import DecoderConfig, ModelConfig
 from arvideo_dist.interchange import export_encoder
-from arvideo_dist.model.kinds import build_model
 from arvideo_dist.settings import exit_with
 from arvideo_dist.storage import Storage
-from arvideo_dist.train.checkpoint import FOLDER, Checkpoint, CheckpointError, complete_checkpoints
+from arvideo_dist.train.checkpoint import CheckpointError
+from arvideo_dist.trained import open_trained
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -52,36 +51,12 @@ def export(source: str, format: str, head: bool, labels: int | None, out: str | 
         raise ValueError("--labels belongs to --head")
     if labels is not None and labels < 1:
         raise ValueError(f"--labels {labels}: give the number of classes, 1 or more")
-    run, name = _find(source)
-    checkpoint = Checkpoint(run, name)
-    checkpoint.verify()
-    model = ModelConfig.model_validate(checkpoint.state["config"]["model"])
-    decoder = DecoderConfig.model_validate(checkpoint.state["config"]["decoder"])
-    trained = build_model(model, decoder)
-    checkpoint.load_weights(trained)
-    to = Storage(out) if out else run.child("exports").child(f"{name}-{format}{'-head' if head else ''}")
-    export_encoder(trained.encoder, model, to, format, (labels or 400) if head else None)  # type: ignore[arg-type]
+    trained = open_trained(source)
+    name = f"{trained.checkpoint.name}-{format}{'-head' if head else ''}"
+    to = Storage(out) if out else trained.run.child("exports").child(name)
+    encoder, classes = trained.load_model().encoder, (labels or 400) if head else None
+    export_encoder(encoder, trained.model_config, to, format, classes)  # type: ignore[arg-type]
     return to
-
-
-def _find(source: str) -> tuple[Storage, str]:
-    """The run and the name of the checkpoint that `source` names."""
-    *above, folder, name = ["", "", *source.rstrip("/").split("/")]
-    if folder == FOLDER:
-        run = Storage("/".join(above[2:]) or ("/" if source.startswith("/") else "."))
-        if name not in complete_checkpoints(run):
-            raise ValueError(f"{source} is not a complete checkpoint; {run.uri} has {_listed(run)}")
-        return run, name
-    run = Storage(source)
-    if not complete_checkpoints(run):
-        raise ValueError(
-            f"{source} has no complete checkpoint: give a run's folder or one of its checkpoints"
-        )
-    return run, complete_checkpoints(run)[-1]
-
-
-def _listed(run: Storage) -> str:
-    return ", ".join(complete_checkpoints(run)) or "none"
 
 
 if __name__ == "__main__":

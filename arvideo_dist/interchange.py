@@ -16,12 +16,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from arvideo_dist.config import ModelConfig
-from arvideo_dist.model.layouts import load_encoder, to_transformers
+from arvideo_dist.model.layouts import load_encoder, to_encoder, to_transformers
 from arvideo_dist.model.pretraining import IMAGENET_MEAN, IMAGENET_STD
 from arvideo_dist.model.vit import ENCODER_SIZES, NORM_EPS, Encoder
 from arvideo_dist.storage import Storage
 
 Format = Literal["hf", "safetensors", "torch"]
+WEIGHTS_ENDINGS = (".safetensors", ".pth", ".pt", ".bin")
 _WEIGHTS_IN_FOLDER = ("model.safetensors", "pytorch_model.bin")
 
 
@@ -51,22 +52,33 @@ def export_encoder(
 
 
 def load_initial_encoder(encoder: Encoder, source: str) -> str:
-    """Fill `encoder` from VideoMAE weights at `source`; returns what was taken, for the log.
+    """Fill `encoder` from VideoMAE weights at `source` (see `read_encoder`); returns what was taken, for the log.
 
-    `source`: a folder of `transformers`, or a .safetensors, .pth, .pt or .bin file, local or in object
-    storage. Raises ValueError naming model.init_from.
+    Raises ValueError naming model.init_from.
     """
     try:
-        has_norm = load_encoder(encoder, _read(source))
-    except (ValueError, OSError, SafetensorError, RuntimeError) as error:
+        has_norm = load_encoder(encoder, read_encoder(source))
+    except ValueError as error:
         raise ValueError(f"model.init_from {source}: {error}") from error
     return f"{source} (encoder{'' if has_norm else ' without a final norm, which these weights do not have'})"
+
+
+def read_encoder(source: str) -> dict[str, torch.Tensor]:
+    """VideoMAE encoder weights at `source`, under our names.
+
+    `source`: a folder of `transformers`, or a .safetensors, .pth, .pt or .bin file, local or in object
+    storage. Raises ValueError where there is none.
+    """
+    try:
+        return to_encoder(_read(source))
+    except (OSError, SafetensorError, RuntimeError) as error:
+        raise ValueError(str(error)) from error
 
 
 def _read(source: str) -> dict[str, torch.Tensor]:
     folder, _, name = source.rstrip("/").rpartition("/")
     store, names = Storage(folder or "."), [name]
-    if not name.endswith((".safetensors", ".pth", ".pt", ".bin")):
+    if not name.endswith(WEIGHTS_ENDINGS):
         store = Storage(source)
         names = [member for member in _WEIGHTS_IN_FOLDER if store.exists(member)]
         if not names:

@@ -50,6 +50,7 @@ class _Sources(RunConfig, BaseSettings):
         cli_hide_none_type=True,
         cli_avoid_json=True,
         cli_use_class_docs_for_groups=True,
+        cli_shortcuts={"model.init_from": "init-from"},
     )
 
     @classmethod

@@ -9,6 +9,7 @@ small JSON written last (one PUT, hence atomic) that lists their sizes and diges
 from __future__ import annotations
 
 import contextlib
+import copy
 import hashlib
 import os
 import shutil
@@ -33,9 +34,13 @@ class Storage:
         """
         if "://" in uri:
             try:
-                self.fs, self.root = pafs.FileSystem.from_uri(uri)
+                self.fs, self.root = pafs.FileSystem.from_uri(_with_limits(uri))
             except (OSError, ValueError) as error:
                 raise ValueError(f"cannot open storage {uri!r}: {error}") from error
+            if isinstance(self.fs, pafs.S3FileSystem):
+                # One made from a URI asks a silent server for 100 s, a copy (also what arrives in another
+                # process) for 10 s: three attempts of 3 s.
+                self.fs = copy.copy(self.fs)
             self.uri = uri.rstrip("/")
         else:
             self.root = str(Path(uri).expanduser().resolve())
@@ -184,6 +189,13 @@ class Storage:
             with contextlib.suppress(OSError):
                 self.delete(name)
             raise
+
+
+def _with_limits(uri: str) -> str:
+    """`uri` with a bound on the time for which Google's client repeats a request: its own is 15 minutes."""
+    if not uri.startswith(("gs://", "gcs://")) or "retry_limit_seconds=" in uri:
+        return uri
+    return f"{uri}{'&' if '?' in uri else '?'}retry_limit_seconds=30"
 
 
 def sync(path: Path) -> None:

@@ -126,12 +126,32 @@ class Tracker:
         self._client.log_image(self._run_id, picture_hwc, artifact_file=name)
 
     def log_bytes(self, name: str, data: bytes) -> None:
-        """A file with content `data` as artifact `name`."""
+        """A file with content `data` as artifact `name`, which may name folders (`folder/file`)."""
         self._before_write()
+        folder, _, file = name.rpartition("/")
         with tempfile.TemporaryDirectory() as scratch:
-            local = Path(scratch) / name
+            local = Path(scratch) / file
             local.write_bytes(data)
-            self._client.log_artifact(self._run_id, str(local))
+            self._client.log_artifact(self._run_id, str(local), artifact_path=folder or None)
+
+
+def tracker_of(folder: Storage) -> Tracker:
+    """Of the MLflow run that a training run's folder names.
+
+    Raises ValueError where it names none, or where the database or server does not have it.
+    """
+    if not folder.exists(RUN_FILE):
+        raise ValueError(f"{folder.uri} has no {RUN_FILE}, which names its MLflow run")
+    record = json.loads(folder.read_bytes(RUN_FILE))
+    uri, run_id = record["tracking_uri"], record["mlflow_run_id"]
+    database = uri.removeprefix("sqlite:///")
+    if database != uri and not Path(database).exists():  # a client would make an empty one
+        raise ValueError(f"{folder.uri}/{RUN_FILE} names MLflow's database {database}, which is not there")
+    try:
+        MlflowClient(tracking_uri=uri).get_run(run_id)
+    except MlflowException as error:
+        raise ValueError(f"MLflow at {uri}, named by {folder.uri}/{RUN_FILE}: {error}") from error
+    return Tracker(uri, run_id, before_write=lambda: None)  # what is added belongs to no training step
 
 
 def _experiment_id(client: MlflowClient, config: RunConfig) -> str:

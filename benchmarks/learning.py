@@ -21,17 +21,23 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import yaml
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a bare machine has no installed package
 
 from arvideo_dist.bench.report import environment, write_json
 from arvideo_dist.config import RunConfig
-from arvideo_dist.data.loader import ClipLoader, ClipSource
+from arvideo_dist.data.index import load_manifest
+from arvideo_dist.data.loader import ClipLoader, ClipSource, LoaderOptions
 from arvideo_dist.derived import derive
 from arvideo_dist.model.kinds import build_model
-from arvideo_dist.storage import Storage
-from arvideo_dist.train.data import clips_per_epoch, loader_options, training_sources
+from arvideo_dist.settings import read_config
+from arvideo_dist.train.data import (
+    clips_per_epoch,
+    loader_options,
+    training_sources,
+    validation_options,
+    validation_source,
+)
 from arvideo_dist.train.engine import Engine
 from arvideo_dist.train.schedule import learning_rate
 from arvideo_dist.train.validate import validate
@@ -42,14 +48,12 @@ def learn(config: RunConfig, device: torch.device) -> dict[str, Any]:
     derived = derive(config, clips_per_epoch(config.data))
     assert derived.total_steps is not None
     assert derived.warmup_steps is not None
-    assert config.data.path is not None
-    assert config.data.val_split is not None
-    data, batch = Storage(config.data.path), derived.global_batch
+    batch, pin = derived.global_batch, device.type == "cuda"
     torch.manual_seed(config.run.seed)
     model = build_model(config.model, config.decoder)
     engine = Engine(model, config.train, config.optim, device, derived.accumulation_steps)
 
-    def loader(sources: list[ClipSource], stop: int, shuffle: bool) -> ClipLoader:
+    def loader(sources: list[ClipSource], stop: int, shuffle: bool, options: LoaderOptions) -> ClipLoader:
         return ClipLoader(
             sources,
             clip_frames=config.model.frames,
@@ -64,13 +68,20 @@ def learn(config: RunConfig, device: torch.device) -> dict[str, Any]:
             workers=config.data.workers,
             stop_position=stop,
             shuffle=shuffle,
-            options=loader_options(config.data, pin_memory=device.type == "cuda"),
+            options=options,
         )
 
-    held_out = ClipSource(data, config.data.val_split, config.data.stride, crop_scales=None)
-    clips = min(len(loader([held_out], batch, False).samples.indexes[0]), config.validation.max_clips)
+    held_out = validation_source(config.data)
+    clips = min(load_manifest(held_out.storage, held_out.split).samples, config.validation.max_clips)
     curve, waited, began = [], 0.0, time.perf_counter()
-    batches = iter(loader(training_sources(config.data), derived.total_steps * batch, True))
+    batches = iter(
+        loader(
+            training_sources(config.data),
+            derived.total_steps * batch,
+            True,
+            loader_options(config.data, pin_memory=pin),
+        )
+    )
     for step in range(derived.total_steps):
         asked = time.perf_counter()
         micro_batches = next(batches)
@@ -86,9 +97,10 @@ def learn(config: RunConfig, device: torch.device) -> dict[str, Any]:
         loss_sum = engine.accumulate(micro_batches, total_weight)
         engine.apply(rate)
         if (step + 1) % config.validation.every_steps == 0 or step + 1 == derived.total_steps:
-            metrics = validate(
-                engine, loader([held_out], clips, False), config.model, dist.group.WORLD
-            ).metrics
+            held_out_batches = loader(
+                [held_out], clips, False, validation_options(config.data, pin_memory=pin)
+            )
+            metrics = validate(engine, held_out_batches, config.model, dist.group.WORLD).metrics
             curve.append({"step": step + 1, "loss/train": float(loss_sum) / total_weight, **metrics})
             print(config.run.name, config.run.seed, json.dumps(curve[-1]), flush=True)
     seconds = time.perf_counter() - began
@@ -121,13 +133,19 @@ def main() -> None:
         runs = []
         for seed in given.seeds:
             for file in given.configs:
-                content = yaml.safe_load(file.read_text())
-                content["run"] = {"name": file.stem, "seed": seed}
-                content["data"] |= {"path": given.data} if given.data else {}
-                content["train"] |= {"steps": given.steps} if given.steps else {}
-                config = RunConfig.model_validate(content)
+                arguments = ["--config", str(file), "--run.name", file.stem, "--run.seed", str(seed)]
+                arguments += ["--data.path", given.data] if given.data else []
+                arguments += ["--train.steps", str(given.steps)] if given.steps else []
+                config, _ = read_config(arguments)
                 result = learn(config, device)
-                runs.append({"method": file.stem, "seed": seed, **result, "configuration": content})
+                runs.append(
+                    {
+                        "method": file.stem,
+                        "seed": seed,
+                        **result,
+                        "configuration": config.model_dump(mode="json", exclude_defaults=True),
+                    }
+                )
                 if given.json:  # after each run: a machine that is taken away keeps what is done
                     write_json(given.json, {"subject": "learning", **environment(), "runs": runs})
         dist.destroy_process_group()

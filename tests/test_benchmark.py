@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -35,9 +37,13 @@ def test_loader_compares_four_loaders_on_the_same_videos(tmp_path: Path) -> None
     for name, figures in report["loaders"].items():
         assert len(report["rounds"][name]) == 2
         assert figures["cores_per_gpu"] == pytest.approx(250 * figures["cpu_ms"]["mean"] / 1000)
-    split = report["loaders"]["host"]["split_cpu_ms"]
-    assert list(split) == ["read", "decode", "augment", "colour", "collate", "ipc"]
-    assert sum(split.values()) == pytest.approx(report["loaders"]["host"]["cpu_ms"]["mean"])
+    for name in ("host", "device"):
+        figures = report["loaders"][name]
+        assert list(figures["split_cpu_ms"]) == ["read", "decode", "colour", "augment", "collate", "ipc"]
+        assert min(figures["split_cpu_ms"].values()) >= 0
+        assert sum(figures["split_cpu_ms"].values()) == pytest.approx(figures["cpu_ms"]["mean"])
+        assert (figures["split_cpu_ms"]["colour"] > 0) == (name == "host")
+        assert len(figures["times_cheaper_than_videomae"]["rounds"]) == 2
 
 
 def test_videos_that_are_not_the_data_sets_are_refused(
@@ -56,3 +62,18 @@ def test_videos_that_are_not_the_data_sets_are_refused(
         benchmark.main(["loader", *arguments, "--json", str(tmp_path / "r.json")])
     assert ended.value.code == 2
     assert "0.mp4 is missing: --videos must be the folder" in capsys.readouterr().err
+
+
+def test_checkpoint_reports_every_round_of_both_kinds_of_save(tmp_path: Path) -> None:
+    result = tmp_path / "checkpoint.json"
+    arguments = ["--encoder", "demo", "--rounds", "2", "--steps", "1", "--folder", str(tmp_path / "work")]
+    command = [sys.executable, "-m", "arvideo_dist.benchmark", "checkpoint", *arguments]
+    subprocess.run(
+        [*command, "--json", str(result)], check=True, capture_output=True
+    )  # it makes a process group
+    report = json.loads(result.read_text())
+    assert report["configuration"]["threads"] == 1
+    for kind in ("synchronous", "asynchronous"):
+        extra = [figures[f"{kind}_s"] - figures["none_s"] for figures in report["rounds"]]
+        assert report[f"{kind}_extra_s"]["mean"] == pytest.approx(sum(extra) / 2)
+    assert list((tmp_path / "work").iterdir()) == []

@@ -17,7 +17,7 @@ from transformers import VideoMAEConfig, VideoMAEForPreTraining, VideoMAEForVide
 
 from arvideo_dist.config import DecoderConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
 from arvideo_dist.export import main
-from arvideo_dist.interchange import load_initial_encoder
+from arvideo_dist.interchange import export_encoder, load_initial_encoder
 from arvideo_dist.model.arvideo import ARVideo
 from arvideo_dist.model.vit import ENCODER_SIZES, Encoder, to_cubes
 from arvideo_dist.pretrain import main as pretrain
@@ -127,6 +127,21 @@ def test_a_classifier_keeps_the_blocks_and_drops_the_final_norm(runs: Path, tmp_
         found = classifier.videomae(clip_bcthw().transpose(1, 2)).last_hidden_state
     assert classifier.num_labels == 400
     assert (found - features(encoder)).abs().max() < 1e-4
+
+
+def test_an_encoder_of_pixels_gives_equal_features_in_transformers(tmp_path: Path) -> None:
+    """iGPT's: patches of one pixel and one frame."""
+    pixels = ModelConfig(
+        encoder="demo", frames=2, image_size=4, tubelet=(1, 1, 1), cluster=(1, 1, 1), target_norm="none"
+    )
+    torch.manual_seed(3)
+    encoder = ARVideo(pixels, DECODER).encoder
+    export_encoder(encoder, pixels, Storage(str(tmp_path)), "hf", None)
+    clip = torch.randn(2, 3, 2, 4, 4)
+    with torch.no_grad():
+        found = VideoMAEModel.from_pretrained(tmp_path).eval()(clip.transpose(1, 2)).last_hidden_state
+        expected = encoder(to_cubes(clip, (1, 1, 1)), torch.arange(32).expand(2, -1))
+    assert (found - expected).abs().max() < 1e-4
 
 
 def test_the_preprocessor_configuration_is_the_models_geometry(runs: Path, tmp_path: Path) -> None:

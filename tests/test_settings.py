@@ -31,6 +31,56 @@ def test_later_sources_win(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert config.train.epochs == 800
 
 
+def test_a_file_changes_fields_of_those_that_it_extends(tmp_path: Path) -> None:
+    """In order, at any depth, relative to the file; the environment and flags still win over all of them."""
+    (tmp_path / "methods").mkdir()
+    (tmp_path / "methods" / "base.yaml").write_text("model: {cluster: [4, 7, 7], mask_ratio: 0.5}\n")
+    (tmp_path / "methods" / "self.yaml").write_text("extends: base.yaml\nmodel: {mask_ratio: 0.6}\n")
+    (tmp_path / "data.yaml").write_text("train: {epochs: 7, global_batch: 64}\nmodel: {mask_ratio: 0.9}\n")
+    file = tmp_path / "run.yaml"
+    file.write_text("extends: [data.yaml, methods/self.yaml]\ntrain: {epochs: 8}\nrun: {name: child}\n")
+    config, _ = read_config(["--config", str(file), "--run.seed", "5"])
+    assert (config.model.cluster, config.model.mask_ratio) == ((4, 7, 7), 0.6)
+    assert (config.train.epochs, config.train.global_batch) == (8, 64)
+    assert (config.run.name, config.run.seed) == ("child", 5)
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        ({"run": "extends: none.yaml"}, "run.yaml: extends: none.yaml: No such file"),
+        ({"run": "extends: run.yaml"}, "run.yaml leads back to run.yaml; no file may extend itself"),
+        (
+            {"run": "extends: [a.yaml]", "a": "extends: b.yaml", "b": "extends: ../DIR/a.yaml"},
+            "extends: a.yaml: extends: b.yaml: extends: ../DIR/a.yaml leads back to a.yaml",
+        ),
+        ({"run": "extends: {a: b}"}, "extends: expected a file or a list of files, found {'a': 'b'}"),
+        ({"run": "extends: a.yaml", "a": "model: {clutser: 1}"}, "model.clutser: unknown key"),
+        ({"run": "extends: a.yaml", "a": "- model"}, "extends: a.yaml: expected sections such as"),
+    ],
+)
+def test_what_is_wrong_with_an_extended_file_is_named(
+    tmp_path: Path, files: dict[str, str], expected: str
+) -> None:
+    for name, content in files.items():
+        (tmp_path / f"{name}.yaml").write_text(content.replace("DIR", tmp_path.name) + "\n")
+    with pytest.raises(ConfigError) as caught:
+        read_config(["--config", str(tmp_path / "run.yaml")])
+    assert expected.replace("DIR", tmp_path.name) in str(caught.value)
+
+
+def test_a_file_extended_twice_is_no_loop(tmp_path: Path) -> None:
+    (tmp_path / "base.yaml").write_text("train: {epochs: 7}\n")
+    (tmp_path / "a.yaml").write_text("extends: base.yaml\n")
+    (tmp_path / "run.yaml").write_text("extends: [a.yaml, base.yaml]\n")
+    assert read_config(["--config", str(tmp_path / "run.yaml")])[0].train.epochs == 7
+
+
+def test_init_from_may_be_given_without_its_section() -> None:
+    assert read_config(["--init-from", "weights.pth"])[0].model.init_from == "weights.pth"
+    assert read_config(["--init-from=weights.pth"])[0] == read_config(["--model.init_from", "weights.pth"])[0]
+
+
 def test_config_file_may_come_from_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "run.yaml"
     file.write_text("run: {name: from-file}\n")
@@ -53,6 +103,7 @@ def test_defaults_are_the_papers_kinetics_recipe() -> None:
         ([], {"ARVIDEO__TRIAN__STEPS": "3"}, "there is no section 'trian'"),
         (["--model.cluster", "3,7,7"], {}, "accepted K_T: 1|2|4|8"),
         (["--model.tubelet", "3,16,16"], {}, "does not divide the clip (16, 224, 224)"),
+        (["--model.tubelet", "1,1,1", "--model.image_size", "14"], {}, "set target_norm to none"),
         (["--train.steps", "many"], {}, "train.steps: Input should be a valid integer"),
         (["--train.zero_stage", "4"], {}, "train.zero_stage: Input should be less than or equal to 3"),
         (["--model.min_context_clusters", "16"], {}, "leaves nothing to predict"),
@@ -117,6 +168,7 @@ def test_dry_run_prints_the_derived_numbers_as_one_json_object(capsys: pytest.Ca
     assert (derived["encoder_tokens"], derived["decoder_queries"]) == (300, 1372)
     assert derived["peak_lr"] == pytest.approx(1.2e-3)
     assert derived["gflops_per_clip"] == pytest.approx(271.6, abs=0.05)
+    assert derived["activation_mb_per_clip"] == pytest.approx(358.1, abs=0.05)
     # 2048 clips by 3 workers x 32: 22 passes with room for 2112
     assert (derived["accumulation_steps"], derived["padding_per_step"]) == (22, 64)
     assert derived["total_steps"] is None

@@ -55,6 +55,7 @@ class Plan:
 def run(plan: Plan, say: Callable[[str], None]) -> dict[str, Any]:
     """Every round's seconds, the extra time of both kinds of save, and their ratio."""
     torch.set_num_threads(plan.threads)
+    os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed asks for it
     plan.folder.mkdir(parents=True, exist_ok=True)
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:

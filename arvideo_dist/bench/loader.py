@@ -10,6 +10,10 @@ videomae   what VideoMAE's pretraining loader does, on its recommended short-sid
 decord     plain decord on the members of our shards, then our crop
 host       this project's loader
 device     this project's loader with device transforms; the CPU's share
+
+The split is taken in the same run, so its parts add up: the stages by the clock of the thread that runs them,
+`collate` what they leave of making a batch (places, draws, buffers), `ipc` what the worker spends outside of
+making batches (torch's queue and its thread) and all that the receiving process spends.
 """
 
 from __future__ import annotations
@@ -30,17 +34,20 @@ import torch
 from PIL import Image
 from torch.utils.data import default_collate
 
-from arvideo_dist.data.decode import decode_planes, decode_rgb, decode_with_decord
+from arvideo_dist.data import decode as decode_module
+from arvideo_dist.data import loader as loader_module
+from arvideo_dist.data.decode import decode_with_decord
 from arvideo_dist.data.index import open_index
 from arvideo_dist.data.loader import Batch, ClipSamples, ClipSource, LoaderOptions
-from arvideo_dist.data.transforms import copy_crop, crop_and_resize, draw_multi_scale_crop
+from arvideo_dist.data.reader import MemberReader
+from arvideo_dist.data.transforms import draw_multi_scale_crop
 from arvideo_dist.data.workers import DecodePool, PlacesToBatch
 from arvideo_dist.storage import Storage
 
 FRAMES, STRIDE, SIZE = 16, 4, 224
 SCALES = (1.0, 0.875, 0.75, 0.66)
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-_WARM_UP_BATCHES = 2
+_WARM_UP_BATCHES = 6  # every buffer in circulation has been used once
 
 
 @dataclass(frozen=True)
@@ -68,7 +75,7 @@ def run(plan: Plan, gpu_clips_per_second: float, say: Callable[[str], None]) -> 
         "host": _samples(plan, LoaderOptions()),
         "device": _samples(plan, LoaderOptions(device_transforms=True)),
     }
-    rounds: dict[str, list[dict[str, float]]] = {name: [] for name in loaders}
+    rounds: dict[str, list[dict[str, Any]]] = {name: [] for name in loaders}
     for number in range(plan.rounds):
         for name, samples in loaders.items():
             rounds[name].append(_measure(samples, plan, seed=number))
@@ -76,9 +83,10 @@ def run(plan: Plan, gpu_clips_per_second: float, say: Callable[[str], None]) -> 
     figures = {name: _summary(results, gpu_clips_per_second) for name, results in rounds.items()}
     for name in ("decord", "host", "device"):
         ratios = [a["cpu_ms"] / b["cpu_ms"] for a, b in zip(rounds["videomae"], rounds[name], strict=True)]
-        figures[name]["times_cheaper_than_videomae"] = _spread(ratios)
+        figures[name]["times_cheaper_than_videomae"] = _spread(ratios) | {"rounds": ratios}
     for name in ("host", "device"):
-        figures[name]["split_cpu_ms"] = _split(loaders[name], plan, figures[name]["cpu_ms"]["mean"])
+        splits = [result["split_cpu_ms"] for result in rounds[name]]
+        figures[name]["split_cpu_ms"] = {stage: mean(split[stage] for split in splits) for stage in splits[0]}
     return {"videos": _describe(plan, reference), "loaders": figures, "rounds": rounds}
 
 
@@ -132,17 +140,58 @@ class VideoMAELoader:
         return clip.view(FRAMES, 3, SIZE, SIZE).transpose(0, 1), torch.from_numpy(np.tile(mask, 8))
 
 
+_STAGES: dict[
+    str, list[tuple[Any, str]]
+] = {  # what a stage is made of, as the worker finds it when it calls it
+    "read": [(MemberReader, "read")],
+    "decode": [(loader_module, "decode_planes")],  # and what ClipSamples.decode_rgb holds
+    "colour": [(decode_module, "_rgb")],
+    "augment": [(loader_module, "crop_and_resize"), (loader_module, "copy_crop")],
+}
+
+
 class _Timed:
-    """Adds the worker's own CPU time to each batch."""
+    """Adds to each batch the worker's CPU seconds so far: of the whole process, and of its stages."""
 
     def __init__(self, samples: PlacesToBatch[Any]) -> None:
         self.samples, self.refused = samples, samples.refused
+        self.spent: dict[str, float] = {}
 
-    def __getitem__(self, places: list[int]) -> tuple[Any, float]:
-        return self.samples[places], time.process_time()
+    def __getitem__(self, places: list[int]) -> tuple[Any, dict[str, float]]:
+        if not self.spent:
+            self._watch_stages()
+        began = time.thread_time()
+        batch = self.samples[places]
+        self.spent["whole"] += time.thread_time() - began
+        return batch, self.spent | {"process": time.process_time()}
+
+    def _watch_stages(self) -> None:
+        """Have every stage count its own time, without that of a stage inside it (colour in decode)."""
+        self.spent = dict.fromkeys([*_STAGES, "whole"], 0.0)
+        inside: list[float] = []
+
+        def watched(stage: str, call: Callable[..., Any]) -> Callable[..., Any]:
+            def timed(*arguments: Any) -> Any:
+                inside.append(0.0)
+                began = time.thread_time()
+                try:
+                    return call(*arguments)
+                finally:
+                    took = time.thread_time() - began
+                    self.spent[stage] += took - inside.pop()
+                    if inside:
+                        inside[-1] += took
+
+            return timed
+
+        for stage, functions in _STAGES.items():
+            for owner, name in functions:
+                setattr(owner, name, watched(stage, getattr(owner, name)))
+        if isinstance(self.samples, ClipSamples):
+            self.samples.decode_rgb = watched("decode", self.samples.decode_rgb)
 
 
-def _measure(samples: PlacesToBatch[Any], plan: Plan, seed: int) -> dict[str, float]:
+def _measure(samples: PlacesToBatch[Any], plan: Plan, seed: int) -> dict[str, Any]:
     batches = -(-plan.clips // plan.micro_batch)
     first = seed * plan.clips
 
@@ -150,25 +199,29 @@ def _measure(samples: PlacesToBatch[Any], plan: Plan, seed: int) -> dict[str, fl
         for number in range(_WARM_UP_BATCHES + batches):
             yield list(range(first + number * plan.micro_batch, first + (number + 1) * plan.micro_batch))
 
-    worker = own = wall = 0.0
+    slot_bytes = samples.batch_bytes(plan.micro_batch) if isinstance(samples, ClipSamples) else 0
+    own = wall = 0.0
+    start: dict[str, float] = {}
     pinned: list[torch.Tensor] = []
-    for number, (batch, worker_time) in enumerate(
-        DecodePool(_Timed(samples), 1, pin_memory=False).run(requests())
-    ):
+    pool = DecodePool(_Timed(samples), 1, pin_memory=False, slot_bytes=slot_bytes)
+    for number, (batch, spent) in enumerate(pool.run(requests())):
         tensors = _tensors(batch)
         pinned = pinned or [torch.empty(2 * t.numel(), dtype=t.dtype) for t in tensors]
         for target, tensor in zip(pinned, tensors, strict=True):
             in_memory = tensor.as_strided((tensor.numel(),), (1,), tensor.storage_offset())
             target[: tensor.numel()].copy_(in_memory)
         if number == _WARM_UP_BATCHES - 1:
-            worker, own, wall = worker_time, time.process_time(), time.perf_counter()
+            start, own, wall = spent, time.process_time(), time.perf_counter()
     clips = batches * plan.micro_batch
-    worker, own = worker_time - worker, time.process_time() - own
+    own = (time.process_time() - own) / clips * 1000
+    ms = {stage: (spent[stage] - start[stage]) / clips * 1000 for stage in spent}
+    process, whole = ms.pop("process"), ms.pop("whole")
     return {
-        "cpu_ms": (worker + own) / clips * 1000,
-        "worker_cpu_ms": worker / clips * 1000,
-        "receiver_cpu_ms": own / clips * 1000,
+        "cpu_ms": process + own,
+        "worker_cpu_ms": process,
+        "receiver_cpu_ms": own,
         "wall_ms": (time.perf_counter() - wall) / clips * 1000,
+        "split_cpu_ms": ms | {"collate": whole - sum(ms.values()), "ipc": process - whole + own},
     }
 
 
@@ -181,7 +234,7 @@ def _tensors(batch: Any) -> list[torch.Tensor]:
     return list(batch)
 
 
-def _summary(results: list[dict[str, float]], gpu_clips_per_second: float) -> dict[str, Any]:
+def _summary(results: list[dict[str, Any]], gpu_clips_per_second: float) -> dict[str, Any]:
     cpu_ms = _spread([result["cpu_ms"] for result in results])
     return {
         "cpu_ms": cpu_ms,
@@ -190,48 +243,13 @@ def _summary(results: list[dict[str, float]], gpu_clips_per_second: float) -> di
     }
 
 
-def _spread(values: list[float]) -> dict[str, float]:
+def _spread(values: list[float]) -> dict[str, Any]:
     return {
         "mean": mean(values),
         "min": min(values),
         "max": max(values),
         "deviation": stdev(values) if len(values) > 1 else 0.0,
     }
-
-
-def _split(samples: PlacesToBatch[Any], plan: Plan, total_ms: float) -> dict[str, float]:
-    """Where the CPU time goes: stages timed one by one in this process, what they leave of a whole batch
-    (collate: plan, draws, buffers), and what the way through another process adds (ipc)."""
-    assert isinstance(samples, ClipSamples)
-    device = samples.options.device_transforms
-    spent = dict.fromkeys(["read", "decode", "augment", "whole"] + ["colour"] * (not device), 0.0)
-
-    def timed(stage: str, call: Callable[..., Any], *arguments: Any) -> Any:
-        began = time.process_time()
-        result = call(*arguments)
-        spent[stage] += time.process_time() - began
-        return result
-
-    for first in range(0, plan.clips, plan.micro_batch):
-        places = list(range(first, first + plan.micro_batch))
-        timed("whole", samples.__getitem__, places)
-        for visit in samples.plan(places):
-            (clip,) = visit.clips
-            indices = np.unique(clip.window)
-            video = timed("read", samples.readers[0].read, visit.row)
-            planes = timed("decode", decode_planes, video, indices)
-            if device:
-                canvas = samples.empty_planes(1, [visit])
-                timed("augment", copy_crop, planes, clip.crop, canvas.y[0].numpy(), canvas.uv[0].numpy())
-            else:
-                frames = timed("colour", decode_rgb, video, indices)
-                timed("augment", crop_and_resize, frames, clip.crop, SIZE)
-    if not device:
-        spent["colour"] -= spent["decode"]
-    clips = -(-plan.clips // plan.micro_batch) * plan.micro_batch
-    per_clip = {stage: seconds / clips * 1000 for stage, seconds in spent.items()}
-    whole = per_clip.pop("whole")
-    return per_clip | {"collate": whole - sum(per_clip.values()), "ipc": total_ms - whole}
 
 
 def _describe(plan: Plan, reference: list[Path]) -> dict[str, Any]:

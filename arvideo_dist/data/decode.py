@@ -101,29 +101,34 @@ def select_packets(video: bytes, indices: NDArray[np.int64]) -> Selection | None
         if shown.min() != first or shown.max() != end - 1:
             return None
         wanted = np.isin(shown, indices)
-        for i in range(
-            first, first + int(np.flatnonzero(wanted)[-1]) + 1
-        ):  # nothing after the last wanted one
-            offset = int(table.offsets[i])
-            picture = video[offset : offset + int(table.sizes[i])]
-            kind, reference = _first_slice(picture, length_bytes)
-            if i == first and kind != _SLICE_IDR:
-                return None
-            if reference or wanted[i - first]:
-                packet = av.Packet(picture)
-                packet.pts = int(shown[i - first])
+        end = first + int(np.flatnonzero(wanted)[-1]) + 1  # nothing after the last wanted one
+        if (
+            _first_slice(video, int(table.offsets[first]), int(table.sizes[first]), length_bytes)[0]
+            != _SLICE_IDR
+        ):
+            return None
+        for number, is_wanted, offset, size in zip(
+            shown[: end - first].tolist(),
+            wanted[: end - first].tolist(),
+            table.offsets[first:end].tolist(),
+            table.sizes[first:end].tolist(),
+            strict=True,
+        ):
+            if is_wanted or _first_slice(video, offset, size, length_bytes)[1]:
+                packet = av.Packet(video[offset : offset + size])
+                packet.pts = number
                 needed.append(packet)
     return Selection(table.header, needed)
 
 
-def _first_slice(data: bytes, length_bytes: int) -> tuple[int, int]:
-    """NAL unit type and nal_ref_idc of a picture's first slice; nal_ref_idc 0: nothing refers to it."""
-    at = 0
-    while at + length_bytes < len(data):
-        kind = data[at + length_bytes]
+def _first_slice(video: bytes, at: int, size: int, length_bytes: int) -> tuple[int, int]:
+    """NAL unit type and nal_ref_idc of the first slice of the picture at `at`; 0: nothing refers to it."""
+    end = at + size
+    while at + length_bytes < end:
+        kind = video[at + length_bytes]
         if 1 <= kind & 31 <= 5:
             return kind & 31, kind >> 5 & 3
-        at += length_bytes + int.from_bytes(data[at : at + length_bytes], "big")
+        at += length_bytes + int.from_bytes(video[at : at + length_bytes], "big")
     raise BadSample("decode: a packet without a picture")
 
 
@@ -193,22 +198,22 @@ def _check_range(indices: NDArray[np.int64], frames: int) -> None:
 
 
 def _rgb(frame: av.VideoFrame) -> NDArray[np.uint8]:
-    return _view(_reformatter.reformat(frame, format="rgb24"), 0, frame.width, frame.height, 3)
+    (plane,) = _reformatter.reformat(frame, format="rgb24").planes
+    return _view(plane, frame.width, frame.height, 3)
 
 
 def _planes(frame: av.VideoFrame) -> Planes:
     if frame.format.name != "yuv420p":
         frame = _reformatter.reformat(frame, format="yuv420p")
-    half_w, half_h = (frame.width + 1) // 2, (frame.height + 1) // 2
-    return Planes(
-        _view(frame, 0, frame.width, frame.height),
-        _view(frame, 1, half_w, half_h),
-        _view(frame, 2, half_w, half_h),
-    )
+    width, height = frame.width, frame.height
+    half_w, half_h = (width + 1) // 2, (height + 1) // 2
+    y, u, v = frame.planes  # makes all three each time
+    return Planes(_view(y, width, height), _view(u, half_w, half_h), _view(v, half_w, half_h))
 
 
-def _view(frame: av.VideoFrame, plane: int, width: int, height: int, samples: int = 1) -> NDArray[np.uint8]:
+def _view(plane: av.video.plane.VideoPlane, width: int, height: int, samples: int = 1) -> NDArray[np.uint8]:
     """[height, width] or [height, width, samples] of one plane, without the padding at the lines' ends."""
-    data = frame.planes[plane]
-    lines = np.frombuffer(memoryview(data), np.uint8).reshape(-1, data.line_size)[:height, : width * samples]
+    lines = np.frombuffer(memoryview(plane), np.uint8).reshape(-1, plane.line_size)[
+        :height, : width * samples
+    ]
     return lines.reshape(height, width, samples) if samples > 1 else lines

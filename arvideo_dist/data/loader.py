@@ -30,6 +30,7 @@ from arvideo_dist.data.order import (
     sample_generator,
 )
 from arvideo_dist.data.reader import MemberReader, read_ahead
+from arvideo_dist.data.shared import shared_empty
 from arvideo_dist.data.transforms import (
     Crop,
     PlanarClips,
@@ -40,7 +41,7 @@ from arvideo_dist.data.transforms import (
     sample_segments,
     sample_window,
 )
-from arvideo_dist.data.workers import DecodePool, shared_zeros, watched
+from arvideo_dist.data.workers import DecodePool, watched
 from arvideo_dist.storage import Storage
 
 TokenSequence = Callable[[np.random.Generator], tuple[NDArray[np.int64], NDArray[np.int64]]]
@@ -201,7 +202,7 @@ class ClipSamples:
         clips = torch.zeros(0, dtype=torch.uint8)
         if planes is None:
             # In memory as decoders give pictures, colours last: a transposition would cost a tenth of decoding.
-            clips = shared_zeros(len(places), self.clip_frames, self.image_size, self.image_size, 3)
+            clips = shared_empty(len(places), self.clip_frames, self.image_size, self.image_size, 3)
             clips = clips.permute(0, 4, 1, 2, 3)
         weights = torch.zeros(len(places))
         bad = []
@@ -215,6 +216,9 @@ class ClipSamples:
                 if len(self.sources) > 1:
                     shard = f"{self.sources[visit.located.source].storage.uri}/{shard}"
                 bad += [BadRecord(clip.place, shard, visit.row.key, str(error)) for clip in visit.clips]
+        if planes is None:
+            for slot in (weights == 0).nonzero().flatten().tolist():  # a mask would go through all clips
+                clips[slot] = 0
         # Padding needs ids as well: those of place 0.
         drawn = [
             self.draw_tokens(sample_generator(self.seed, max(place, 0), Stream.SEQUENCE)) for place in places
@@ -259,15 +263,31 @@ class ClipSamples:
             visit.clips.append(PlannedClip(slot, place, window, crop))
         return visits
 
+    def batch_bytes(self, clips: int) -> int:
+        """What the clips or planes of a batch take; with planes an estimate from the first samples."""
+        if not self.options.device_transforms:
+            return clips * self.clip_frames * 3 * self.image_size**2
+        sides = [
+            min(size)
+            for index in self.indexes
+            for size in zip(
+                index.table["height"].slice(0, 1000).to_pylist(),
+                index.table["width"].slice(0, 1000).to_pylist(),
+                strict=True,
+            )
+        ]
+        half = max(sides) // 2 + 1
+        return clips * self.clip_frames * 6 * half**2 + 4096
+
     def empty_planes(self, slots: int, visits: list[Visit]) -> PlanarClips:
-        """Zeroed canvases large enough for the visits' crops."""
+        """Canvases large enough for the visits' crops."""
         crops = [clip.crop for visit in visits for clip in visit.clips]
         # Up to one more line on either side, to begin and end at even positions; at least one chroma sample.
         half_h = max((crop.height for crop in crops), default=0) // 2 + 1
         half_w = max((crop.width for crop in crops), default=0) // 2 + 1
         return PlanarClips(
-            shared_zeros(slots, self.clip_frames, 2 * half_h, 2 * half_w),
-            shared_zeros(slots, self.clip_frames, 2, half_h, half_w),
+            shared_empty(slots, self.clip_frames, 2 * half_h, 2 * half_w),
+            shared_empty(slots, self.clip_frames, 2, half_h, half_w),
             torch.tensor([[0, 0, 1, 1]]).repeat(slots, 1),
             self.image_size,
         )
@@ -355,7 +375,12 @@ class ClipLoader:
 
     def __iter__(self) -> Iterator[list[Batch]]:
         steps = accumulation_steps(self.global_batch, self.micro_batch, self.world_size)
-        pool = DecodePool[Batch](self.samples, self.workers, self.samples.options.pin_memory)
+        pool = DecodePool[Batch](
+            self.samples,
+            self.workers,
+            self.samples.options.pin_memory,
+            self.samples.batch_bytes(self.micro_batch),
+        )
         batches = pool.run(self._places())
         try:
             while step := list(itertools.islice(batches, steps)):

@@ -47,12 +47,14 @@ def sample_segments(num_frames: int, clip_frames: int, rng: np.random.Generator 
     """Frame indices [clip_frames]: one frame from each of `clip_frames` equal segments of the whole video, drawn
     uniformly (`rng=None`: the middle one). The sampling of TSN and of VideoMAE's SSv2 fine-tuning.
 
-    A video of fewer frames than segments gives a sorted draw of its frames with repetition.
+    A video of fewer frames than segments gives a sorted draw of its frames with repetition, as in TSN; VideoMAE's
+    loader shows its first frame for the whole clip.
     """
     if num_frames < 1:
         raise ValueError(f"a video without frames has no segments (num_frames {num_frames})")
     if rng is None:
-        return ((np.arange(clip_frames) + 0.5) * num_frames / clip_frames).astype(np.int64)
+        length = num_frames / clip_frames
+        return (length / 2 + length * np.arange(clip_frames)).astype(np.int64)
     length = num_frames // clip_frames
     if length == 0:
         return np.sort(rng.integers(num_frames, size=clip_frames))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import faulthandler
+import gc
 import logging
 import multiprocessing
 import os
@@ -24,6 +25,8 @@ from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from torch.utils.data import DataLoader, Dataset, get_worker_info
+
+from arvideo_dist.data.shared import Parcel, SlotFile, filling
 
 log = logging.getLogger(__name__)
 
@@ -55,8 +58,12 @@ class PlacesToBatch(Protocol[BatchT_co]):
 class DecodePool(Generic[BatchT]):
     """Maps lists of places to batches, in order, in `workers` processes (0: in this one)."""
 
-    def __init__(self, samples: PlacesToBatch[BatchT], workers: int, pin_memory: bool) -> None:
+    def __init__(
+        self, samples: PlacesToBatch[BatchT], workers: int, pin_memory: bool, slot_bytes: int = 0
+    ) -> None:
+        """`slot_bytes`: what the tensors of a batch from `shared_empty` take; 0 where there are none."""
         self.samples, self.workers, self.pin_memory = samples, workers, pin_memory
+        self.slot_bytes = slot_bytes
 
     def run(self, requests: Iterator[list[int]]) -> Generator[BatchT]:
         """Yields the batch of each request. Raises what `samples` raises, and DecodeWorkersError."""
@@ -70,7 +77,10 @@ class DecodePool(Generic[BatchT]):
         while True:
             progress = torch.full((self.workers,), _IDLE).share_memory_()
             context = _WorkerContext()
-            batches = iter(self._data_loader(context, progress, _recorded(requests, undelivered)))
+            slots = SlotFile(self.slot_bytes) if self.slot_bytes else None
+            numbered = _numbered(_recorded(requests, undelivered), slots)
+            dataset = _InWorker(self.samples, progress, slots)
+            batches = iter(self._data_loader(context, dataset, numbered))
             try:
                 for batch in batches:
                     undelivered.popleft()
@@ -111,10 +121,10 @@ class DecodePool(Generic[BatchT]):
             ) from error
 
     def _data_loader(
-        self, context: _WorkerContext, progress: torch.Tensor, requests: Iterator[list[int]]
+        self, context: _WorkerContext, dataset: _InWorker[BatchT], requests: Iterator[_Request]
     ) -> DataLoader[BatchT]:
         return DataLoader(
-            _InWorker(self.samples, progress),
+            dataset,  # type: ignore[arg-type]  # what comes out of a parcel is the batch
             sampler=requests,
             batch_size=None,  # an index is a whole micro batch
             collate_fn=_as_is,
@@ -134,18 +144,30 @@ def _recorded(requests: Iterator[list[int]], undelivered: deque[list[int]]) -> I
         yield request
 
 
-def _as_is(batch: BatchT) -> BatchT:
-    return batch
+_Request = tuple[int | None, list[int]]  # a slot's number and the places
 
 
-class _InWorker(Dataset[BatchT]):
-    """The samples and the table in which workers note what they are at."""
+def _numbered(requests: Iterator[list[int]], slots: SlotFile | None) -> Iterator[_Request]:
+    for request in requests:
+        yield slots.take() if slots else None, request
 
-    def __init__(self, samples: PlacesToBatch[BatchT], progress: torch.Tensor) -> None:
-        self.samples, self.progress = samples, progress
 
-    def __getitem__(self, places: list[int]) -> BatchT:
-        return self.samples[places]
+def _as_is(parcel: Any) -> Any:
+    return parcel
+
+
+class _InWorker(Dataset[Parcel], Generic[BatchT]):
+    """The samples, the table in which workers note what they are at, and where batches go."""
+
+    def __init__(
+        self, samples: PlacesToBatch[BatchT], progress: torch.Tensor, slots: SlotFile | None
+    ) -> None:
+        self.samples, self.progress, self.slots = samples, progress, slots
+
+    def __getitem__(self, request: _Request) -> Parcel:
+        number, places = request
+        with filling(self.slots, number) as slot:
+            return Parcel(self.samples[places], self.slots, number, slot)
 
 
 @contextmanager
@@ -168,15 +190,8 @@ def watched(place: int, limit_seconds: float) -> Iterator[None]:
         progress[info.id] = _IDLE
 
 
-def shared_zeros(*shape: int) -> torch.Tensor:
-    """uint8 zeros; in a worker they lie in shared memory at once, which saves a copy."""
-    if get_worker_info() is None:
-        return torch.zeros(shape, dtype=torch.uint8)
-    storage: torch.UntypedStorage = torch.UntypedStorage._new_shared(max(1, torch.Size(shape).numel()))
-    return torch.tensor([], dtype=torch.uint8).set_(storage)[: torch.Size(shape).numel()].view(shape)
-
-
 def _start_worker(worker_id: int) -> None:
+    gc.freeze()  # what was imported is not searched for garbage again and again: 0.1 s each time
     _keep_freed_memory()
     _follow_parent()
 

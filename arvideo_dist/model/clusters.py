@@ -13,12 +13,22 @@ c = min_context_clusters, N = (K - 1) k encoder tokens, M = (K - c) q decoder qu
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
 
 Order = Literal["random", "spatial_first", "temporal_first"]
+
+
+class PredictionStep(NamedTuple):
+    """Tokens that are predicted together, as lengths from the beginning of a drawn sequence.
+
+    The step sees the first `context` encoder tokens; with it the first `targets` queries have been predicted.
+    """
+
+    context: int
+    targets: int
 
 
 class Clusters:
@@ -70,6 +80,13 @@ class Clusters:
     def decoder_queries(self) -> int:
         """M: queried tokens of the clusters that are predicted."""
         return (self.count - self.min_context) * self.queried
+
+    def prediction_steps(self) -> list[PredictionStep]:
+        """One for each predicted cluster, in the order of prediction."""
+        return [
+            PredictionStep(place * self.kept, (place - self.min_context + 1) * self.queried)
+            for place in range(self.min_context, self.count)
+        ]
 
     def draw_order(self, rng: np.random.Generator) -> np.ndarray:
         """Cluster ids [K] in prediction order: a fresh uniform permutation, or the fixed order (3.3.2)."""

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from arvideo_dist.model.clusters import PredictionStep
 from arvideo_dist.model.vit import Encoder, gather_tokens, to_cubes
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -36,6 +37,9 @@ class Sequences(Protocol):
 
     def draw_sequence(self, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         """One sample's token ids: seen by the encoder [N], to be predicted [M] (int64)."""
+
+    def prediction_steps(self) -> list[PredictionStep]:
+        """Which part of a drawn sequence is predicted together and from what; the same for all clips."""
 
 
 class PretrainingModel(nn.Module, ABC):
@@ -81,8 +85,17 @@ class PretrainingModel(nn.Module, ABC):
         return Output(loss_b, predictions_bmp, targets_bmp)
 
     def _normalise(self, cubes_bnp: torch.Tensor) -> torch.Tensor:
-        pixels = cubes_bnp.unflatten(-1, (-1, 3)).float() / 255
-        return ((pixels - self.pixel_mean) / self.pixel_std).flatten(-2)
+        return normalise_pixels(cubes_bnp, self.pixel_mean, self.pixel_std)
+
+
+def normalise_pixels(
+    cubes_bnp: torch.Tensor, mean_c: torch.Tensor | None = None, std_c: torch.Tensor | None = None
+) -> torch.Tensor:
+    """What the encoder is given of uint8 cubes: float32, colours normalised (default: by ImageNet's figures)."""
+    pixels = cubes_bnp.unflatten(-1, (-1, 3)).float() / 255
+    mean_c = pixels.new_tensor(IMAGENET_MEAN) if mean_c is None else mean_c
+    std_c = pixels.new_tensor(IMAGENET_STD) if std_c is None else std_c
+    return ((pixels - mean_c) / std_c).flatten(-2)
 
 
 def cube_targets(cubes_bmp: torch.Tensor, norm: str) -> torch.Tensor:

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from arvideo_dist.config import DecoderConfig, ModelConfig
+from arvideo_dist.model.clusters import PredictionStep
 from arvideo_dist.model.pretraining import PretrainingModel
 from arvideo_dist.model.vit import (
     ENCODER_SIZES,
@@ -38,6 +39,10 @@ class TubeMasking:
     @property
     def decoder_queries(self) -> int:
         return self.times * self.masked
+
+    def prediction_steps(self) -> list[PredictionStep]:
+        """One: all masked tokens at once, from all visible ones."""
+        return [PredictionStep(self.encoder_tokens, self.decoder_queries)]
 
     def draw_sequence(self, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         """Visible and masked token ids (int64), both ascending."""

@@ -13,7 +13,8 @@ from arvideo_dist.train.data import training_sources
 ALTERING = frozenset(
     {
         "run.seed",
-        *("data.path", "data.split", "data.stride", "data.crop_scales", "data.weight", "data.mixture"),
+        *("data.path", "data.split", "data.stride", "data.sampling", "data.crop_scales", "data.weight"),
+        "data.mixture",
         *("data.repeats", "data.repeat_windows", "data.shuffle_block_shards", "data.device_transforms"),
         *(
             "model.kind",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 from pathlib import Path
 
-from arvideo_dist.config import DataConfig
+from arvideo_dist.config import DataConfig, MixedData
 from arvideo_dist.data.index import load_manifest
 from arvideo_dist.data.loader import ClipSource, LoaderOptions
 from arvideo_dist.storage import Storage
@@ -18,12 +18,19 @@ def training_sources(data: DataConfig) -> list[ClipSource]:
             "data.path is not set: give the folder or URI that data_prep wrote, as --data.path, in the "
             "YAML file, or as ARVIDEO__DATA__PATH"
         )
-    first = ClipSource(Storage(data.path), data.split, data.stride, data.crop_scales, data.weight)
-    others = [
-        ClipSource(Storage(other.path), other.split, other.stride, other.crop_scales, other.weight)
-        for other in data.mixture
+    sets: list[tuple[str, DataConfig | MixedData]] = [(data.path, data)]
+    sets += [(other.path, other) for other in data.mixture]
+    return [
+        ClipSource(Storage(path), each.split, each.stride, each.crop_scales, each.weight, each.sampling)
+        for path, each in sets
     ]
-    return [first, *others]
+
+
+def validation_source(data: DataConfig) -> ClipSource:
+    """The held-out split of the first data set: the middle of each video, centre crop."""
+    assert data.path is not None, "checked before launch"
+    assert data.val_split is not None
+    return ClipSource(Storage(data.path), data.val_split, data.stride, None, sampling=data.sampling)
 
 
 def clips_per_epoch(data: DataConfig) -> int:
@@ -45,3 +52,9 @@ def loader_options(data: DataConfig, *, pin_memory: bool) -> LoaderOptions:
         hung_after_seconds=data.hung_worker_s,
         pin_memory=pin_memory,
     )
+
+
+def validation_options(data: DataConfig, *, pin_memory: bool) -> LoaderOptions:
+    """As in training, but each sample once and in the index's order."""
+    once = data.model_copy(update={"repeats": 1, "repeat_windows": False, "shuffle_block_shards": None})
+    return loader_options(once, pin_memory=pin_memory)

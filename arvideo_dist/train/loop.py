@@ -8,7 +8,6 @@ the way); nothing else decides what comes next.
 from __future__ import annotations
 
 import functools
-import io
 import json
 import time
 from dataclasses import asdict, dataclass
@@ -16,22 +15,21 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from PIL import Image
 
 from arvideo_dist.config import RunConfig
 from arvideo_dist.data.index import load_manifest
-from arvideo_dist.data.loader import ClipLoader, ClipSource
+from arvideo_dist.data.loader import ClipLoader
 from arvideo_dist.derived import Derived
 from arvideo_dist.interchange import load_initial_encoder
 from arvideo_dist.model.kinds import build_model
-from arvideo_dist.storage import Storage
+from arvideo_dist.picture import png
 from arvideo_dist.tracking import Tracker
 from arvideo_dist.train import changes
 from arvideo_dist.train import checkpoint as checkpoints
 from arvideo_dist.train.agreement import agree
 from arvideo_dist.train.audit import Audit
 from arvideo_dist.train.bad_samples import ARTIFACT, BadSamples
-from arvideo_dist.train.data import loader_options, training_sources
+from arvideo_dist.train.data import loader_options, training_sources, validation_options, validation_source
 from arvideo_dist.train.engine import Engine, resolve_precision
 from arvideo_dist.train.lease import Guard
 from arvideo_dist.train.progress import Meter, progress_line
@@ -93,7 +91,7 @@ def train(task: Task, device: torch.device, control: dist.ProcessGroup, watch: W
     if derived.world_size != task.derived.world_size:
         _say(rank, derived.batch_line())
 
-    data = Storage(_data_path(config))
+    pin_memory = device.type == "cuda"
     make_loader = functools.partial(
         ClipLoader,
         clip_frames=config.model.frames,
@@ -110,7 +108,7 @@ def train(task: Task, device: torch.device, control: dist.ProcessGroup, watch: W
         global_batch=global_batch,
         workers=config.data.workers,
         stop_position=position + (total_steps - step) * global_batch,
-        options=loader_options(config.data, pin_memory=device.type == "cuda"),
+        options=loader_options(config.data, pin_memory=pin_memory),
     )
     bad = BadSamples(run, config.data.max_bad_fraction, train_loader.places_per_epoch, control)
     bad.restore(start.state["bad_samples"] if start is not None else [])
@@ -119,20 +117,23 @@ def train(task: Task, device: torch.device, control: dist.ProcessGroup, watch: W
     def validation() -> dict[str, float]:
         if config.data.val_split is None:
             return {}
+        source = validation_source(config.data)
+        samples = load_manifest(source.storage, source.split).samples
         loader = make_loader(
-            [ClipSource(data, config.data.val_split, config.data.stride, crop_scales=None)],
+            [source],
             position=0,
             global_batch=config.train.micro_batch * dist.get_world_size(),
             workers=min(config.data.workers, 2),
-            stop_position=_validation_clips(data, config),
+            stop_position=min(samples, config.validation.max_clips),
             shuffle=False,
+            options=validation_options(config.data, pin_memory=pin_memory),
         )
         result = validate(engine, loader, config.model, control)
         if tracker is not None and result.picture is not None:
             name = f"pictures/step-{step:08d}.png"
             tracker.log(step, result.metrics)
             tracker.log_picture(name, result.picture)
-            run.write_bytes(name, _png(result.picture))
+            run.write_bytes(name, png(result.picture))
             _say(rank, f"step {step}  " + "  ".join(f"{k} {v:.4f}" for k, v in result.metrics.items()))
         return result.metrics
 
@@ -228,22 +229,6 @@ def train(task: Task, device: torch.device, control: dist.ProcessGroup, watch: W
     if rank == 0:
         run.write_bytes(RESULT, json.dumps(metrics, indent=1).encode())
     return None
-
-
-def _data_path(config: RunConfig) -> str:
-    assert config.data.path is not None, "checked before launch"
-    return config.data.path
-
-
-def _validation_clips(data: Storage, config: RunConfig) -> int:
-    assert config.data.val_split is not None
-    return min(load_manifest(data, config.data.val_split).samples, config.validation.max_clips)
-
-
-def _png(picture: Any) -> bytes:
-    buffer = io.BytesIO()
-    Image.fromarray(picture).save(buffer, format="PNG")
-    return buffer.getvalue()
 
 
 def _say(rank: int, line: str) -> None:

@@ -31,6 +31,7 @@ from arvideo_dist.data.order import PAD, places_of_rank
 from arvideo_dist.data.reader import DataReadError, MemberReader
 from arvideo_dist.storage import Storage
 from tests.data.conftest import FRAMES
+from tests.data.slow_store import SlowStore
 
 SAMPLES = 11
 
@@ -457,19 +458,57 @@ def test_any_chain_of_stops_and_world_sizes_consumes_each_place_once(data: st.Da
 
 
 @pytest.fixture(scope="module")
-def s3_dataset(dataset: Storage, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Storage]:
-    """The data set in an S3 store (moto's server)."""
+def s3_address() -> Iterator[tuple[str, int]]:
+    """An S3 store (moto's server)."""
     server = ThreadedMotoServer(port=0)
     server.start()
-    host, port = server.get_host_and_port()
-    query = f"endpoint_override={host}:{port}&scheme=http&region=us-east-1&allow_bucket_creation=true"
-    bucket = Storage(f"s3://key:secret@clips?{query}")
-    bucket.fs.create_dir("clips/set")
-    remote = Storage(f"s3://key:secret@clips/set?{query}")
+    yield server.get_host_and_port()
+    server.stop()
+
+
+@pytest.fixture(scope="module")
+def s3_dataset(dataset: Storage, s3_address: tuple[str, int]) -> Storage:
+    """The data set in the S3 store."""
+    s3_at("{}:{}".format(*s3_address), "").fs.create_dir("clips/set")
+    remote = s3_at("{}:{}".format(*s3_address))
     for name in dataset.names():
         remote.put_file(Path(dataset.path(name)), name)
-    yield remote
-    server.stop()
+    return remote
+
+
+def s3_at(address: str, folder: str = "/set") -> Storage:
+    query = f"endpoint_override={address}&scheme=http&region=us-east-1&allow_bucket_creation=true"
+    return Storage(f"s3://key:secret@clips{folder}?{query}")
+
+
+@pytest.fixture
+def slow_store(s3_dataset: Storage, s3_address: tuple[str, int]) -> Iterator[SlowStore]:
+    store = SlowStore(s3_address)
+    yield store
+    store.close()
+
+
+def test_a_store_that_is_slow_for_a_while_changes_nothing(
+    slow_store: SlowStore, make_loader: Callable, expected: dict
+) -> None:
+    """Answers that come late, within the client's limit of 3 s; and some requests that outlast it."""
+    loader = make_loader(s3_at(slow_store.address))
+    slow_store.delays.extend([0.2, 0.2, None, 0.2, None, None, 0.2])
+    assert seen(loader) == expected
+    assert slow_store.unanswered == 3
+    assert all(weight == 1 for *_, weight in expected.values())
+
+
+def test_a_store_that_accepts_and_never_answers_ends_in_an_error_that_names_the_shard(
+    slow_store: SlowStore, make_loader: Callable
+) -> None:
+    loader = make_loader(s3_at(slow_store.address), read_retries=0)
+    slow_store.hangs = True
+    with pytest.raises(
+        DataReadError, match=r"shard train-00000\d\.tar of .* 1 attempts .*Timeout was reached"
+    ):
+        list(batches(loader))
+    assert slow_store.unanswered >= 3  # the client's own repetitions
 
 
 @pytest.mark.parametrize("workers", [0, 1])

@@ -13,6 +13,7 @@ from arvideo_dist.data.transforms import (
     center_crop,
     crop_and_resize,
     draw_multi_scale_crop,
+    sample_segments,
     sample_window,
 )
 
@@ -53,6 +54,38 @@ def test_short_clip_holds_its_last_reachable_frame() -> None:
 
 def test_without_a_generator_the_window_is_the_middle_one() -> None:
     assert sample_window(100, 16, 4, None).tolist() == list(range(18, 82, 4))
+
+
+@given(st.integers(1, 400), st.integers(1, 32))
+def test_middle_segments_are_videomaes_first_test_view(frames: int, clip: int) -> None:
+    tick = frames / clip
+    assert sample_segments(frames, clip, None).tolist() == [int(tick / 2 + tick * x) for x in range(clip)]
+
+
+@given(st.integers(1, 400), st.integers(1, 32), st.integers(0, 2**32))
+def test_segments_in_training_are_videomaes_for_the_drawn_offsets(frames: int, clip: int, seed: int) -> None:
+    drawn = sample_segments(frames, clip, np.random.default_rng(seed))
+    average = frames // clip
+    if average:
+        offsets = drawn - np.multiply(range(clip), average)
+        assert offsets.min() >= 0
+        assert offsets.max() < average
+    else:  # TSN's rule
+        assert drawn.tolist() == sorted(drawn.tolist())
+        assert drawn.min() >= 0
+        assert drawn.max() < frames
+
+
+def test_every_offset_in_a_segment_is_drawn_equally_often() -> None:
+    rng = np.random.default_rng(0)
+    drawn = np.array(
+        [sample_segments(35, 4, rng) for _ in range(4000)]
+    )  # segments of 8; frames 32 to 34 unused
+    for segment in range(4):
+        counts = np.bincount(drawn[:, segment] - 8 * segment, minlength=8)
+        assert len(counts) == 8
+        assert counts.min() > 420
+        assert counts.max() < 580
 
 
 def videomae_crops(height: int, width: int, size: int) -> set[tuple[int, int, int, int]]:

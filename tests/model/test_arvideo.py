@@ -7,93 +7,12 @@ import math
 import numpy as np
 import pytest
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
-from arvideo_dist.config import DecoderConfig, ModelConfig
-from arvideo_dist.flops import forward_backward_flops, parameter_count
+from arvideo_dist.config import DecoderConfig
 from arvideo_dist.model.arvideo import ARVideo
 from arvideo_dist.model.pretraining import cube_targets, restore_pixels
 from arvideo_dist.model.vit import from_cubes, sinusoid_positions, to_cubes
-
-GEOMETRY = {"frames": 8, "image_size": 32, "tubelet": (2, 8, 8)}  # 4 x 4 x 4 tokens
-SHAPES = [(1, 1, 1), (2, 2, 2), (1, 4, 4), (4, 1, 1), (4, 2, 2), (1, 2, 4)]
-ORDERS = ["random", "spatial_first", "temporal_first"]
-DECODER = DecoderConfig(width=64, depth=2)
-
-
-SELF_ATTENTION = DecoderConfig(width=64, depth=2, self_attention=True)
-SUBSAMPLED = DecoderConfig(width=64, depth=2, target_ratio=0.4)
-
-
-def make(
-    seed: int = 0, decoder: DecoderConfig = DECODER, **model: object
-) -> tuple[ARVideo, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """A model with every parameter disturbed (so that nothing is zero by initialisation) and two clips."""
-    torch.manual_seed(seed)
-    arvideo = ARVideo(ModelConfig(**{"encoder": "demo", **GEOMETRY, **model}), decoder)
-    with torch.no_grad():
-        for parameter in arvideo.parameters():
-            parameter.add_(0.02 * torch.randn_like(parameter))
-    rng = np.random.default_rng(seed)
-    drawn = [arvideo.clusters.draw_sequence(rng) for _ in range(2)]
-    context_ids, target_ids = (torch.from_numpy(np.stack(ids)) for ids in zip(*drawn, strict=True))
-    clips = torch.randint(0, 256, (2, 3, 8, 32, 32), dtype=torch.uint8)
-    return arvideo, clips, context_ids, target_ids
-
-
-def order_of(arvideo: ARVideo, context_ids: torch.Tensor, target_ids: torch.Tensor) -> list[int]:
-    """The first clip's cluster ids in prediction order."""
-    members = arvideo.clusters.members_kn
-    cluster_of = {int(token): number for number, row in enumerate(members) for token in row}
-    first = [cluster_of[int(t)] for t in context_ids[0, :: arvideo.clusters.kept]]
-    return [*first, cluster_of[int(target_ids[0, -1])]]
-
-
-@pytest.mark.parametrize("min_context", [1, 2])
-@pytest.mark.parametrize("order", ORDERS)
-@pytest.mark.parametrize("shape", SHAPES)
-def test_no_prediction_sees_its_own_cluster_or_a_later_one(
-    shape: tuple[int, int, int], order: str, min_context: int
-) -> None:
-    """Other pixels in cluster j change no prediction of clusters up to j in the order, and do change each
-    later one (the kept share is 1/2, so some changed tokens are seen)."""
-    _check_leaks(
-        *make(cluster=shape, order=order, min_context_clusters=min_context, mask_ratio=0.5), precision="fp32"
-    )
-
-
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("decoder", [DECODER, SELF_ATTENTION, SUBSAMPLED])
-@pytest.mark.parametrize(
-    ("shape", "order"), [((1, 1, 1), "random"), ((2, 2, 2), "random"), ((1, 4, 4), "spatial_first")]
-)
-def test_no_decoder_leaks_in_either_precision(
-    shape: tuple[int, int, int], order: str, decoder: DecoderConfig, precision: str
-) -> None:
-    """The same with decoder self-attention and with sub-sampled targets, in fp32 and under bf16 autocast."""
-    model = make(decoder=decoder, cluster=shape, order=order, mask_ratio=0.5)
-    _check_leaks(*model, precision=precision)
-
-
-def _check_leaks(
-    arvideo: ARVideo, clips: torch.Tensor, context_ids: torch.Tensor, target_ids: torch.Tensor, precision: str
-) -> None:
-    clusters, min_context = arvideo.clusters, arvideo.clusters.min_context
-    in_order = order_of(arvideo, context_ids, target_ids)
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
-        before = arvideo(clips, context_ids, target_ids).predictions_bmp[0]
-        assert before.dtype == {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
-        places = {0, 1, len(in_order) // 2, len(in_order) - 2, len(in_order) - 1}
-        for place in places:
-            cubes = to_cubes(clips, arvideo.tubelet)
-            cubes[0, torch.from_numpy(clusters.members_kn[in_order[place]])] ^= 0xFF
-            changed = from_cubes(cubes, arvideo.tubelet, (8, 32, 32))
-            after = arvideo(changed, context_ids, target_ids).predictions_bmp[0]
-            difference = (after - before).abs().amax(dim=-1).view(-1, clusters.queried).amax(dim=-1)
-            up_to = max(place - min_context + 1, 0)
-            assert difference[:up_to].eq(0).all(), f"cluster at place {place} leaks"
-            assert difference[up_to:].gt(0).all(), f"cluster at place {place} is not used later"
+from tests.model.models import SELF_ATTENTION, make
 
 
 def test_tokens_of_one_cluster_attend_to_each_other_both_ways() -> None:
@@ -281,36 +200,3 @@ def test_position_table_equals_its_formula() -> None:
     table = sinusoid_positions(50, 12)[0]
     for token in (0, 1, 49):
         assert torch.allclose(table[token], _position(token, 12), atol=1e-6)
-
-
-@pytest.mark.parametrize(
-    ("model", "decoder"),
-    [
-        ({}, {}),
-        ({"min_context_clusters": 2}, {}),
-        ({"encoder": "small", "cluster": (1, 14, 14)}, {"width": 384}),
-        ({"encoder": "tiny", "mask_ratio": 0.5}, {"depth": 2}),
-        ({"encoder": "tiny", "cluster": (4, 7, 7)}, {"self_attention": True, "depth": 2}),
-        ({"encoder": "tiny"}, {"target_ratio": 0.2}),
-    ],
-)
-def test_closed_form_flops_equal_torchs_counter(model: dict, decoder: dict) -> None:
-    model_config, decoder_config = ModelConfig(**model), DecoderConfig(**decoder)
-    with torch.device("meta"):  # the counter looks at shapes only
-        arvideo = ARVideo(model_config, decoder_config)
-        clips = torch.zeros(1, 3, 16, 224, 224, dtype=torch.uint8)
-    drawn = arvideo.clusters.draw_sequence(np.random.default_rng(0))
-    context_ids, target_ids = (torch.from_numpy(ids)[None].to("meta") for ids in drawn)
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-        arvideo(clips, context_ids, target_ids).loss_b.sum().backward()
-    assert counter.get_total_flops() == forward_backward_flops(model_config, decoder_config)
-    assert sum(p.numel() for p in arvideo.parameters()) == parameter_count(model_config, decoder_config)
-
-
-def test_default_model_costs_what_the_reference_counts() -> None:
-    assert forward_backward_flops(ModelConfig(), DecoderConfig()) / 1e9 == pytest.approx(279.0, abs=0.05)
-    two = ModelConfig(min_context_clusters=2)
-    assert forward_backward_flops(two, DecoderConfig()) / 1e9 == pytest.approx(271.6, abs=0.05)
-    for ratio, gflops in ((0.5, 223.9), (0.2, 191.2)):  # 49 and 20 of 98 targets a cluster
-        subsampled = DecoderConfig(target_ratio=ratio)
-        assert forward_backward_flops(ModelConfig(), subsampled) / 1e9 == pytest.approx(gflops, abs=0.05)

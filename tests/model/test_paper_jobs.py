@@ -18,7 +18,7 @@ from arvideo_dist.settings import read_config
 
 PAPER = Path(__file__).resolve().parents[2] / "jobs" / "paper"
 # Encoder tokens, decoder queries and epochs by hand: of K clusters of n = k_t k_h k_w of the 8 x 14 x 14 tokens
-# (Table 6), n - int(r n) are seen, all clusters but the last are read and all but the first predicted (3.3, Table 5).
+# (Table 6), n - int(r n) are seen; all clusters but the last are read, all but the first predicted (3.3, Table 5).
 # VideoMAE sees 8 x (196 - 176) tokens and predicts the others (90 % tubes).
 ARVIDEO, VIDEOMAE, ELEMENTWISE, RANDSAC = (
     (15 * 20, 15 * 98), (160, 1408), (1567, 1567), (31 * 49, 31 * 49)

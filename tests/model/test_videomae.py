@@ -7,14 +7,11 @@ import math
 import numpy as np
 import pytest
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 from transformers import VideoMAEConfig, VideoMAEForPreTraining
 
 from arvideo_dist.config import DecoderConfig, ModelConfig, RunConfig
 from arvideo_dist.derived import derive
-from arvideo_dist.flops import forward_backward_flops, parameter_count
-from arvideo_dist.model.kinds import build_model, make_sequences
+from arvideo_dist.model.kinds import build_model
 from arvideo_dist.model.layouts import to_encoder
 from arvideo_dist.model.pretraining import IMAGENET_MEAN, IMAGENET_STD
 from arvideo_dist.model.videomae import TubeMasking, VideoMAE
@@ -116,19 +113,6 @@ def test_base_model_has_the_papers_tokens_and_costs_what_the_reference_counts() 
     embedding_masked = 2 * 2 * 1408 * 1536 * 768 / 1e9  # forward and the weight's gradient
     assert derived.gflops_per_clip == pytest.approx(202.3, abs=0.05)
     assert derived.gflops_per_clip + embedding_masked == pytest.approx(208.9, abs=0.05)
-
-
-def test_closed_form_flops_equal_torchs_counter() -> None:
-    model_config = small()
-    with torch.device("meta"):  # the counter looks at shapes only
-        model = build_model(model_config, DECODER)
-        clips = torch.zeros(1, 3, 4, 64, 64, dtype=torch.uint8)
-    drawn = make_sequences(model_config, DECODER).draw_sequence(np.random.default_rng(0))
-    visible, masked = (torch.from_numpy(ids)[None].to("meta") for ids in drawn)
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-        model(clips, visible, masked).loss_b.sum().backward()
-    assert counter.get_total_flops() == forward_backward_flops(model_config, DECODER)
-    assert sum(p.numel() for p in model.parameters()) == parameter_count(model_config, DECODER)
 
 
 @pytest.mark.parametrize(

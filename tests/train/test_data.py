@@ -4,13 +4,22 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 from pydantic import ValidationError
 
 from arvideo_dist.config import DataConfig
+from arvideo_dist.data.loader import ClipSamples
 from arvideo_dist.storage import Storage
-from arvideo_dist.train.data import clips_per_epoch, loader_options, training_sources
+from arvideo_dist.train.data import (
+    clips_per_epoch,
+    loader_options,
+    training_sources,
+    validation_options,
+    validation_source,
+)
 from tests.data.conftest import FRAMES, write_dataset
+from tests.data.in_workers import draw_ids
 
 
 @pytest.fixture
@@ -30,6 +39,38 @@ def two_sets(tmp_path: Path) -> DataConfig:
 def test_each_data_set_keeps_its_own_stride_and_weight(two_sets: DataConfig) -> None:
     sources = training_sources(two_sets)
     assert [(source.stride, source.weight) for source in sources] == [(4, 0.7), (2, 0.3)]
+
+
+def test_each_data_set_is_sampled_as_the_configuration_says(two_sets: DataConfig) -> None:
+    data = DataConfig.model_validate(
+        two_sets.model_dump(exclude={"stride", "mixture"})
+        | {"sampling": "segments", "mixture": [{"path": two_sets.mixture[0].path, "stride": 2}]}
+    )
+    samples = ClipSamples(
+        training_sources(data),
+        clip_frames=4,
+        image_size=32,
+        sequence=draw_ids,
+        seed=0,
+        shuffle=True,
+        options=loader_options(data, pin_memory=False),
+    )
+    found = set()
+    for visit in samples.plan(list(range(2 * 2 * 8))):
+        found.add(visit.located.source)
+        for clip in visit.clips:
+            if visit.located.source == 1:  # a window
+                assert set(np.diff(clip.window).tolist()) <= {0, 2}
+            elif visit.row.frames >= 4:
+                assert (clip.window // (visit.row.frames // 4)).tolist() == [0, 1, 2, 3]
+    assert found == {0, 1}
+
+
+def test_a_stride_with_segments_is_refused() -> None:
+    with pytest.raises(ValidationError, match="stride 2 has no meaning with sampling segments"):
+        DataConfig.model_validate({"sampling": "segments", "stride": 2})
+    with pytest.raises(ValidationError, match="leave stride unset, or set sampling to window"):
+        DataConfig.model_validate({"mixture": [{"path": "x", "sampling": "segments", "stride": 2}]})
 
 
 def test_an_epoch_is_all_samples_of_all_sets_times_the_repeats(two_sets: DataConfig) -> None:
@@ -57,6 +98,19 @@ def test_settings_of_reading_and_decoding_are_the_loaders_options() -> None:
     assert (options.device_transforms, options.verify_checksums, options.read_retries) == (True, True, 2)
     assert (options.shard_cache, options.shard_cache_gib) == (Path("/cache"), 1.5)
     assert (options.hung_after_seconds, options.pin_memory) == (7.0, True)
+
+
+def test_validation_reads_as_training_does_but_each_sample_once_in_order() -> None:
+    data = DataConfig(
+        path="/data", sampling="segments", repeats=3, repeat_windows=True, shuffle_block_shards=4,
+        device_transforms=True, verify_checksums=True, read_retries=2, shard_cache_gib=1.5, hung_worker_s=7.0,
+    )  # fmt: skip
+    options = validation_options(data, pin_memory=True)
+    assert (options.device_transforms, options.verify_checksums, options.read_retries) == (True, True, 2)
+    assert (options.hung_after_seconds, options.pin_memory, options.shard_cache_gib) == (7.0, True, 1.5)
+    assert (options.repeats, options.repeat_windows, options.shuffle_block_shards) == (1, False, None)
+    source = validation_source(data)
+    assert (source.split, source.sampling, source.crop_scales) == ("val", "segments", None)
 
 
 def test_a_shard_cache_under_a_full_shuffle_is_refused() -> None:

@@ -12,9 +12,12 @@ import torch
 from mlflow.tracking import MlflowClient
 
 from arvideo_dist.config import RunConfig
+from arvideo_dist.export import main as export
 from arvideo_dist.model.arvideo import ARVideo
+from arvideo_dist.model.kinds import build_model
 from arvideo_dist.storage import Storage
 from arvideo_dist.train.checkpoint import Checkpoint, complete_checkpoints
+from arvideo_dist.trained import open_trained
 from tests.train.runs import PretrainProcess, history, make_data, write_config
 
 
@@ -111,6 +114,34 @@ def test_killed_worker_changes_no_loss_and_logs_no_step_twice(whole: PretrainPro
     for metric in ("loss/train", "loss/val", "loss/val_other_context", "gradient_norm", "learning_rate"):
         expected = history(folder / "runs", "whole", metric)
         assert history(folder / "runs", "killed", metric) == expected, metric
+
+
+def test_encoder_starts_from_the_given_weights_and_training_goes_on_from_them(
+    whole: PretrainProcess, folder: Path
+) -> None:
+    export([str(folder / "runs/whole"), "--format", "hf", "--out", str(folder / "initial")])
+    process = PretrainProcess(
+        [
+            *(*_arguments(folder, "initialised"), "--init-from", str(folder / "initial")),
+            *("--train.steps", "4", "--run.checkpoint_every_steps", "1", "--run.keep_last", "4"),
+        ]
+    )
+    assert process.finish() == 0, process.output
+    assert f"starts from {folder}/initial (encoder)" in process.output
+    models = [
+        open_trained(f"{folder}/runs/initialised/checkpoints/step-{n:08d}").load_model() for n in (1, 4)
+    ]
+    at_start, trained = (dict(model.named_parameters()) for model in models)
+    whole_run = open_trained(f"{folder}/runs/whole")
+    given, config = dict(whole_run.load_model().named_parameters()), whole_run.config
+    torch.manual_seed(0)  # run.seed
+    fresh = dict(build_model(config.model, config.decoder).named_parameters())
+    rate = 2.5e-4  # at its peak; 0 at the first step of the warm-up, whose checkpoint hence holds the start
+    for name, start in at_start.items():
+        expected = given if name.startswith("encoder.") else fresh
+        assert torch.equal(start, expected[name]), name
+        assert not torch.equal(trained[name], start), name
+        assert (trained[name] - start).abs().max() < 10 * rate, name
 
 
 def test_run_with_too_many_bad_samples_stops_without_a_restart_and_names_them(folder: Path) -> None:
