@@ -212,7 +212,9 @@ def acquire(run: Storage, lease_s: float) -> Lease:
         run.write_bytes(f"{FOLDER}/{mine}", record.model_dump_json(indent=1).encode())
         if _newest(run) == [mine]:
             for name in _names(run):
-                if _generation(name) < generation:  # never of one that took over while this process was held up
+                if (
+                    _generation(name) < generation
+                ):  # never of one that took over while this process was held up
                     run.delete(f"{FOLDER}/{name}")
             return Lease(Guard(run.uri, mine), record)
         run.delete(f"{FOLDER}/{mine}")
