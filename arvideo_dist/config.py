@@ -45,7 +45,11 @@ class RunConfigSection(Section):
     keep_every: PositiveInt | None = Field(
         None, description="checkpoints of steps that this divides are made and kept for good; null: none"
     )
-    max_restarts: int = Field(3, ge=0, description="restarts after a lost worker before the run fails")
+    max_restarts: int = Field(
+        3,
+        ge=0,
+        description="restarts after lost workers, without a checkpoint in between, before the run fails",
+    )
     lease_s: float = Field(
         60.0,
         ge=3,

@@ -151,13 +151,33 @@ def launch(config: RunConfig, derived: Derived, lease: Lease) -> Finished:
 
 
 def _fit(config: RunConfig, derived: Derived, uri: str, run_id: str, lease: Lease) -> None:
-    """One set of workers after another until the run has ended; Ray Train restarts lost workers by itself."""
-    import ray
+    """One set of workers after another until the run has ended.
 
+    Ray Train restarts lost workers by itself, `run.max_restarts` times. Where the run has advanced by a
+    checkpoint since, that count begins anew: over weeks any number of machines may be lost.
+    """
+    import ray.train
+
+    api: Any = ray.train
+    run = run_folder(config)
     _connect(config)
     try:
         with stop_on_sigterm(lease, config.run.preemption_grace_s):
-            while (interruption := _fit_once(config, derived, uri, run_id, lease)) is not None:
+            while True:
+                before = complete_checkpoints(run)[-1:]
+                try:
+                    interruption = _fit_once(config, derived, uri, run_id, lease)
+                except api.WorkerGroupError as error:
+                    lease.guard.check()
+                    if complete_checkpoints(run)[-1:] == before:
+                        raise
+                    print(
+                        f"workers were lost, but the run has advanced, so they start again: {error}",
+                        flush=True,
+                    )
+                    continue
+                if interruption is None:
+                    return
                 print(f"interrupted after step {interruption.step}: {interruption.reason}", flush=True)
                 if not interruption.leaving_nodes:
                     raise RunInterruptedError(

@@ -73,6 +73,7 @@ def test_sigterm_saves_at_a_step_and_the_restart_continues_bit_equal(folder: Pat
         assert history(folder / "runs", "told-to-leave", metric) == expected, metric
 
 
+@pytest.mark.slow
 def test_second_driver_is_refused_or_takes_over_and_a_suspended_first_one_writes_nothing_after(
     folder: Path,
 ) -> None:

@@ -88,9 +88,11 @@ def holder(run: Storage) -> Iterator[HoldingProcess]:
     held.process.communicate()
 
 
-def test_live_holder_is_named_to_the_second(run: Storage, holder: HoldingProcess) -> None:
+def test_live_holder_is_named_to_the_second(run: Storage) -> None:
+    holder = HoldingProcess(run, lease_s=30)
     with pytest.raises(LeaseHeldError, match=rf"process {holder.process.pid} on .* alive.*run\.name"):
         acquire(run, lease_s=3)
+    holder.end(signal.SIGKILL)
 
 
 def test_released_lease_is_free_at_once_and_generations_only_grow(run: Storage) -> None:
