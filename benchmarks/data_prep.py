@@ -3,7 +3,9 @@
     python -m benchmarks.data_prep --videos DIR [--count N] [--rounds R] [--json PATH]
 
 One run measures, interleaved over the same videos: `data_prep` with one worker against a plain loop of ffmpeg
-with the same settings (CPU seconds of everything that is started, and wall seconds); one worker against two;
+with the same settings (CPU seconds of everything that is started, and wall seconds); two workers against one, and
+against one that is held to the single core that Ray reserves for a worker (ffmpeg overlaps decoding and encoding,
+so a lone worker also uses a second core that is idle);
 bytes a video; and the CPU time of decoding 16-frame clips of the default profile, the loader's way, against
 short-side-320 files of x264 defaults with plain decord.
 """
@@ -14,6 +16,7 @@ import argparse
 import contextlib
 import io
 import json
+import os
 import resource
 import statistics
 import subprocess
@@ -51,6 +54,15 @@ def measured(into: list[dict[str, float]]) -> Iterator[None]:
     cpu, wall = cpu_s(), time.perf_counter()
     yield
     into.append({"cpu_s": cpu_s() - cpu, "wall_s": time.perf_counter() - wall})
+
+
+@contextlib.contextmanager
+def one_core() -> Iterator[None]:
+    """This process and what it starts run on one core."""
+    cores = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(cores)})
+    yield
+    os.sched_setaffinity(0, cores)
 
 
 def run_data_prep(paths: list[Path], out: Path, workers: int) -> None:
@@ -141,7 +153,9 @@ def main() -> None:
     same = "scale='if(gt(iw,ih),-2,256)':'if(gt(iw,ih),256,-2)':flags=bicubic+accurate_rnd+bitexact"
     same += ":out_color_matrix=smpte170m:out_range=tv,format=yuv420p"
     usual = "scale='if(gt(iw,ih),-2,320)':'if(gt(iw,ih),320,-2)'"
-    times: dict[str, list[dict[str, float]]] = {"one worker": [], "two workers": [], "ffmpeg": []}
+    times: dict[str, list[dict[str, float]]] = {
+        name: [] for name in ("ffmpeg", "one worker", "one worker on one core", "two workers")
+    }
     clips: dict[str, list[float]] = {"droppable, packets selected": [], "short side 320, plain decord": []}
     with tempfile.TemporaryDirectory() as scratch:
         top = Path(scratch)
@@ -151,6 +165,8 @@ def main() -> None:
                 run_ffmpeg(paths, top / f"ffmpeg-{number}", same, ["-an", *settings.encoder_arguments()])
             with measured(times["one worker"]):
                 run_data_prep(paths, top / f"one-{number}", 1)
+            with measured(times["one worker on one core"]), one_core():
+                run_data_prep(paths, top / f"core-{number}", 1)
             with measured(times["two workers"]):
                 run_data_prep(paths, top / f"two-{number}", 2)
         storage = Storage(str(top / "one-0"))
@@ -178,6 +194,13 @@ def main() -> None:
         "videos_a_second_and_core": len(paths) / statistics.mean(r["cpu_s"] for r in times["one worker"]),
         "cpu_s_of_two_workers_over_one": ratios("two workers", "one worker", "cpu_s"),
         "wall_s_of_one_worker_over_two": ratios("one worker", "two workers", "wall_s"),
+        "wall_s_of_one_worker_on_one_core_over_two": ratios(
+            "one worker on one core", "two workers", "wall_s"
+        ),
+        "cores_used": {
+            name: statistics.mean(entry["cpu_s"] / entry["wall_s"] for entry in entries)
+            for name, entries in times.items()
+        },
         "bytes_a_video": {
             "droppable": ours_bytes / len(paths),
             "short side 320 defaults": usual_bytes / len(paths),
