@@ -34,13 +34,14 @@ import uuid
 from pathlib import Path
 from types import TracebackType
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from arvideo_dist.storage import Storage
 
 FOLDER = "lease"
 _NAME = re.compile(r"(\d{8})-[0-9a-f]{32}\.json")
 _BEATS_PER_LEASE = 6
+_READS = 5
 
 
 class LeaseHeldError(ValueError):
@@ -203,10 +204,13 @@ def acquire(run: Storage, lease_s: float) -> Lease:
     the holder.
     """
     record = Record(holder=Holder.this_process(), lease_s=lease_s)
+    free: set[str] = set()
     while True:
         newest = _newest(run)
-        for name in newest:
-            _wait_until_free(run, name)
+        if judge := [name for name in newest if name not in free]:
+            # Files may have come and gone meanwhile, so only a listing without an unknown one counts.
+            free.update(name for name in judge if _wait_until_free(run, name))
+            continue
         generation = _generation(newest[0]) + 1 if newest else 1
         mine = f"{generation:08d}-{uuid.uuid4().hex}.json"
         run.write_bytes(f"{FOLDER}/{mine}", record.model_dump_json(indent=1).encode())
@@ -221,11 +225,12 @@ def acquire(run: Storage, lease_s: float) -> Lease:
         time.sleep(random.uniform(0.2, 1.0))  # so that two who meet do not meet for ever
 
 
-def _wait_until_free(run: Storage, name: str) -> None:
-    """Return once the holder of `name` has given it back or is dead; LeaseHeldError once it shows life."""
+def _wait_until_free(run: Storage, name: str) -> bool:
+    """True once the holder of `name` has given it back or is dead, False where the file is gone (its writer
+    stepped back, and another may hold the lease now); LeaseHeldError once the holder shows life."""
     first = _read(run, name)
     if first is None or first.released or first.holder.has_ended():
-        return
+        return first is not None
     print(
         f"run {run.uri} is held by {first.holder}: taken over if it gives no sign of life for "
         f"{first.lease_s:g} s",
@@ -236,14 +241,14 @@ def _wait_until_free(run: Storage, name: str) -> None:
         waited = time.monotonic() - began  # before the look, so that a slow look counts for the holder
         now = _read(run, name)
         if now is None or now.released or now.holder.has_ended():
-            return
+            return now is not None
         if now.beat != first.beat:
             raise LeaseHeldError(
                 f"run {run.uri} is being written by {now.holder} (generation {_generation(name)}), which is "
                 "alive: let it end or stop it, or choose another run.name"
             )
         if waited >= first.lease_s:
-            return
+            return True
         time.sleep(min(1.0, first.lease_s / _BEATS_PER_LEASE))
 
 
@@ -264,10 +269,18 @@ def _generation(name: str) -> int:
 
 
 def _read(run: Storage, name: str) -> Record | None:
-    try:
-        return Record.model_validate_json(run.read_bytes(f"{FOLDER}/{name}"))
-    except FileNotFoundError:  # its writer stepped back, or it was superseded
-        return None
+    """Content of a lease file; None where its writer stepped back or it was superseded."""
+    for tries_left in reversed(range(_READS)):
+        try:
+            return Record.model_validate_json(run.read_bytes(f"{FOLDER}/{name}"))
+        except FileNotFoundError:
+            return None
+        except (OSError, ValidationError) as error:
+            # An object that its holder replaces between pyarrow's look at its size and its read does this.
+            if not tries_left:
+                raise OSError(f"{run.uri}/{FOLDER}/{name} cannot be read: {error}") from error
+            time.sleep(0.1)
+    raise AssertionError("the last try returns or raises")
 
 
 def _process_identity(pid: int) -> str | None:
