@@ -80,6 +80,13 @@ def _part(run: Path, step: int, rank: int) -> Path:
     return part
 
 
+def _member(run: Storage, step: int, rank: int) -> str:
+    """The same in any storage, as the name of a member."""
+    folder = f"{FOLDER}/step-{step:08d}"
+    (name,) = (name for name in run.names(folder) if name.startswith(f"part-{rank:05d}-of-00002-"))
+    return f"{folder}/{name}"
+
+
 def _weights(run: Storage) -> dict[str, torch.Tensor]:
     model = ARVideo(MODEL, DECODER)
     checkpoint = Checkpoint(run, complete_checkpoints(run)[-1])
@@ -126,21 +133,22 @@ def test_folder_without_a_manifest_is_no_checkpoint(
 
 
 @pytest.mark.parametrize("damage", ["truncated", "bit-flipped", "missing"])
-def test_damaged_part_is_named(saved: tuple[Path, Storage, Storage], damage: str) -> None:
-    local, run, _ = saved
-    part = _part(local, 4, 1)
-    whole = part.read_bytes()
+@pytest.mark.parametrize("store", ["local", "s3"])
+def test_damaged_part_is_named(saved: tuple[Path, Storage, Storage], store: str, damage: str) -> None:
+    run = saved[1] if store == "local" else saved[2]
+    part = _member(run, 4, 1)
+    whole = run.read_bytes(part)
     if damage == "missing":
-        part.unlink()
+        run.delete(part)
     else:
         flipped = whole[:-100] + bytes([whole[-100] ^ 1]) + whole[-99:]
-        part.write_bytes(whole[:-1] if damage == "truncated" else flipped)
+        run.write_bytes(part, whole[:-1] if damage == "truncated" else flipped)
     try:
         checkpoint = Checkpoint(run, "step-00000004")
-        with pytest.raises(CheckpointError, match=rf"step-00000004: {part.name} is (damaged|missing)"):
+        with pytest.raises(CheckpointError, match=rf"step-00000004: {Path(part).name} is (damaged|missing)"):
             checkpoint.verify()
     finally:
-        part.write_bytes(whole)
+        run.write_bytes(part, whole)
 
 
 def _open(folder: str) -> tuple[str | None, str]:
@@ -169,9 +177,18 @@ def test_damaged_newest_is_named_and_the_one_before_it_used_on_all_ranks(
         file = _part(tmp_path / folder, step, part)
         file.write_bytes(file.read_bytes()[:-1])
     folders = [str(tmp_path / name) for name in ("one", "both", "none")]
-    for rank, (one, both, none) in enumerate(run_ranks(2, _open_all, folders)):
-        assert one[0] == "step-00000003"
-        assert (f"step-00000004: {_part(saved[0], 4, 0).name} is damaged" in one[1]) == (rank == 0)
+    remote = saved[2]
+    part = _member(remote, 4, 0)
+    whole = remote.read_bytes(part)
+    remote.write_bytes(part, whole[:-1])
+    try:
+        opened = run_ranks(2, _open_all, [*folders, remote.uri])
+    finally:
+        remote.write_bytes(part, whole)
+    for rank, (one, both, none, on_s3) in enumerate(opened):
+        for found, damaged_part in ((one, _part(saved[0], 4, 0).name), (on_s3, Path(part).name)):
+            assert found[0] == "step-00000003"
+            assert (f"step-00000004: {damaged_part} is damaged" in found[1]) == (rank == 0)
         assert both[0] == "stopped"
         assert "all checkpoints" in both[1]
         assert none == (None, "")
