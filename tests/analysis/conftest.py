@@ -6,17 +6,15 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 
 from arvideo_dist.analysis.clips import choose_source, load_clips
 from arvideo_dist.config import DecoderConfig, ModelConfig, OptimConfig, RunConfig
 from arvideo_dist.model.kinds import build_model
 from arvideo_dist.storage import Storage
 from arvideo_dist.tracking import open_run
-from arvideo_dist.train.checkpoint import save_checkpoint
 from arvideo_dist.train.engine import Engine
 from tests.data.conftest import encode, write_dataset
-from tests.train.distributed import run_ranks
+from tests.train.distributed import run_ranks, save_checkpoint
 
 CLIPS = 3
 GEOMETRY = {"encoder": "demo", "frames": 4, "image_size": 32, "tubelet": (2, 8, 8)}
@@ -50,10 +48,9 @@ def _train(folder: Path) -> None:
         engine = Engine(model, config.train, OptimConfig(), torch.device("cpu"), 1)
         engine.accumulate(list(clips), 1.0)
         engine.apply(1e-3)
-        state = {"config": config.model_dump(mode="json")}
-        control = dist.group.WORLD
-        assert control is not None
-        save_checkpoint(Storage(str(folder)).child(kind), engine, 1, state, 1, control)
+        save_checkpoint(
+            Storage(str(folder)).child(kind), engine, 1, {"config": config.model_dump(mode="json")}
+        )
 
 
 @pytest.fixture(scope="session")
@@ -64,5 +61,5 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_dataset(folder / "data", videos, [20, 21, 22], split="val")
     run_ranks(1, _train, folder)
     for kind in MODELS:
-        open_run(run_config(folder, kind), {})
+        open_run(run_config(folder, kind), {}, Storage(str(folder)).child(kind))
     return folder

@@ -17,6 +17,7 @@ from manifest_checks import load_manifests, named
 from mlflow.tracking import MlflowClient
 
 from arvideo_dist.config import RunConfig
+from arvideo_dist.storage import Storage
 from arvideo_dist.tracking import Tracker, close_run, open_run, tracking_uri
 
 
@@ -94,16 +95,16 @@ def test_run_is_tracked_through_the_server_and_replayed_steps_are_written_once(
             "tracking": {"uri": f"http://127.0.0.1:{server}"},
         }
     )
-    client = MlflowClient(tracking_uri(config))
-    run_id = open_run(config, {"encoder_tokens": 300})
-    first = Tracker(tracking_uri(config), run_id)
+    client, folder = MlflowClient(tracking_uri(config)), Storage(str(tmp_path)).child("tracked")
+    run_id = open_run(config, {"encoder_tokens": 300}, folder)
+    first = Tracker(tracking_uri(config), run_id, before_write=lambda: None)
     for step in (1, 2, 3):
         first.log(step, {"loss/train": 1 / step, "learning_rate": step})
     first.log_picture("pictures/step-00000003.png", np.zeros((8, 8, 3), dtype=np.uint8))
     close_run(config, run_id, "FAILED")
 
-    assert open_run(config, {}) == run_id, "a restart continues the same MLflow run"
-    again = Tracker(tracking_uri(config), run_id)
+    assert open_run(config, {}, folder) == run_id, "a restart continues the same MLflow run"
+    again = Tracker(tracking_uri(config), run_id, before_write=lambda: None)
     for step in (2, 3, 4):
         again.log(step, {"loss/train": 1 / step, "learning_rate": step})
     close_run(config, run_id, "FINISHED")
@@ -127,4 +128,4 @@ def test_run_whose_mlflow_run_is_gone_is_refused_with_the_remedy(server: int, tm
     (tmp_path / "lost").mkdir()
     (tmp_path / "lost" / "run.json").write_text('{"mlflow_run_id": "0123456789abcdef0123456789abcdef"}')
     with pytest.raises(ValueError, match=r"(?s)not found.*use another run\.name to begin a new one"):
-        open_run(config, {})
+        open_run(config, {}, Storage(str(tmp_path)).child("lost"))
