@@ -38,7 +38,9 @@ class SkipConnections(nn.Module):
     def forward(self, layers_bnd: Iterable[torch.Tensor]) -> torch.Tensor:
         """Means [S, B, N, D] of E layers [B, N, D]."""
         weights_se = self.logits.unflatten(0, (-1, self.layers)).softmax(dim=-1)
-        return torch.einsum("se,ebnd->sbnd", weights_se, torch.stack(list(layers_bnd)))
+        means_sbnd = torch.einsum("se,ebnd->sbnd", weights_se, torch.stack(list(layers_bnd)))
+        # As the blocks' own sums under autocast: a CPU's LayerNorm sums its gradients in its input's precision.
+        return means_sbnd.float()
 
 
 class RandSAC(ARVideo):
