@@ -48,12 +48,14 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
     )
     assert process.stdout is not None
     try:
-        seen = []
+        # One worker says that it is ready before its port is open, several say so afterwards.
+        seen, awaited = [], {"Application startup complete", "Uvicorn running on"}
         for (
             line
         ) in process.stdout:  # ends, and the assertion below tells why, where the server does not start
             seen.append(line)
-            if "Application startup complete" in line:
+            awaited = {words for words in awaited if words not in line}
+            if not awaited:
                 break
         assert process.poll() is None, "".join(seen)
         yield port
