@@ -67,10 +67,10 @@ METHODS: dict[
     "randsac": ({"kind": "randsac", "cluster": (1, 7, 7), "mask_ratio": 0.0}, {"self_attention": True}),
     "videomae": ({"kind": "videomae", "mask_ratio": 0.9}, {}),
 }
-# Relative, bf16 autocast against fp32. bf16 keeps 8 bits: where every prediction is much alike (iGPT's three
-# numbers a token, before training), all are rounded alike by up to 2^-9, and the squared error moves by more than
-# twice that.
-LOSS_TOLERANCE = 1e-2
+LOSS_TOLERANCE = 5e-3  # relative, bf16 autocast against fp32
+# bf16 keeps 8 bits: iGPT's predictions before training, three numbers a token, are much alike, so all are rounded
+# alike by up to 2^-9, and the squared error moves by more than twice that.
+IGPT_LOSS_TOLERANCE = 1e-2
 GRADIENT_TOLERANCE = 0.05  # relative, of each parameter's gradient
 
 
@@ -153,9 +153,9 @@ def check_bf16_against_fp32(device: torch.device) -> dict[str, Any]:
             "of": worst,
         }
     passed = all(
-        figures["relative_loss_difference"] < LOSS_TOLERANCE
+        figures["relative_loss_difference"] < (IGPT_LOSS_TOLERANCE if name == "igpt" else LOSS_TOLERANCE)
         and figures["largest_relative_gradient_difference"] < GRADIENT_TOLERANCE
-        for figures in methods.values()
+        for name, figures in methods.items()
     )
     return {"passed": passed, "methods": methods}
 
