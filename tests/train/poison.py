@@ -15,7 +15,7 @@ from arvideo_dist.train.engine import Engine
 
 @contextmanager
 def poisoned(places: Mapping[int, str]) -> Iterator[None]:
-    """Training meets, at each of `places`, `nan` or `inf` as loss, or a `gradient` that overflows after a finite one.
+    """Training meets, at each of `places`, `nan` or `inf` as loss, or a `gradient` that is Inf after a finite loss.
 
     On whichever rank has the place. An `inf` has a finite gradient of its own, as an overflowed square can have.
     """
