@@ -45,6 +45,11 @@ class RunConfigSection(Section):
     keep_every: PositiveInt | None = Field(
         None, description="checkpoints of steps that this divides are made and kept for good; null: none"
     )
+    max_failed_saves: PositiveInt = Field(
+        3,
+        description="saves in a row that fail (a full disk, a failing store), each tried again half a minute to "
+        "ten minutes later while the training goes on, before the run stops",
+    )
     max_restarts: int = Field(
         3,
         ge=0,

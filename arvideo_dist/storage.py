@@ -14,14 +14,19 @@ import hashlib
 import os
 import shutil
 import tempfile
+import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO
+from typing import IO, TypeVar
 
 import pyarrow.fs as pafs
 
+Result = TypeVar("Result")
+
 _CHUNK_BYTES = 8 * 2**20
+_PATIENCE_S = 180.0
+_LONGEST_PAUSE_S = 15.0
 
 
 class Storage:
@@ -189,6 +194,26 @@ class Storage:
             with contextlib.suppress(OSError):
                 self.delete(name)
             raise
+
+
+def patiently(action: Callable[[], Result], patience_s: float = _PATIENCE_S) -> Result:
+    """The result of `action`, tried again with growing pauses while the storage fails; what fails still after
+    `patience_s` seconds is raised.
+
+    Only for actions that may be done twice. A member that is missing is an answer and raised at once.
+    """
+    began, pause = time.monotonic(), 0.5
+    while True:
+        try:
+            return action()
+        except FileNotFoundError:
+            raise
+        except OSError as error:
+            if time.monotonic() - began + pause > patience_s:
+                raise
+            print(f"tried again in {pause:g} s: {error}", flush=True)
+            time.sleep(pause)
+            pause = min(2 * pause, _LONGEST_PAUSE_S)
 
 
 def _with_limits(uri: str) -> str:

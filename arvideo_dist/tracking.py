@@ -1,21 +1,25 @@
 """MLflow: one MLflow run for one training run, continued across restarts, each point once.
 
-The driver opens the run (`open_run`); rank 0 writes to it (`Tracker`). Steps that are replayed after a restart
-give the same values and are not written again.
+The driver opens and closes the run (`open_run`, `close_run`); rank 0 writes to it, through a queue that outlives
+MLflow's absence (`outbox.py`) and the `Tracker`. Steps that are replayed after a restart give the same values and
+are not written again. A request whose answer was lost may be repeated: MLflow's SQL store takes a point of the same
+key, step, time and value for the one that it has (primary key of its table `metrics`).
 """
 
 from __future__ import annotations
 
 import json
 import logging
+import os
 import shutil
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+import requests
 import yaml
 from mlflow.entities import Metric, Param
 from mlflow.exceptions import MlflowException
@@ -23,9 +27,15 @@ from mlflow.tracking import MlflowClient
 from mlflow.utils.time import get_current_time_millis
 
 from arvideo_dist.config import RunConfig
-from arvideo_dist.storage import Storage
+from arvideo_dist.storage import Storage, patiently
 
 RUN_FILE = "run.json"  # in the run's folder: which MLflow run it is
+# MLflow's client repeats a request for minutes by itself, and waits two for each answer. Here it does so once, at
+# once, which is enough for a connection that the server had closed; who can wait repeats it again. Variables that
+# are set already are left.
+_REQUEST_LIMITS = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10"}
+_CLOSING_S = 60.0
+_PAUSE_S = 2.0
 
 
 def tracking_uri(config: RunConfig) -> str:
@@ -50,22 +60,35 @@ def dashboard_command(config: RunConfig) -> str:
     return f"{mlflow} ui --backend-store-uri {uri}"
 
 
+def refuses(error: Exception) -> bool:
+    """Whether MLflow, or who stands before it, says that the request is wrong; else it is taken to be away."""
+    if isinstance(error, MlflowException):
+        status = error.get_http_status_code()
+    elif isinstance(error, requests.HTTPError) and error.response is not None:  # of artifacts
+        status = error.response.status_code
+    else:
+        return False
+    return 400 <= status < 500 and status not in (408, 429)
+
+
 def open_run(config: RunConfig, derived: Mapping[str, Any], folder: Storage) -> str:
     """Id of the MLflow run of this training run: the one that `run.json` in its `folder` names, or a new one.
 
-    Raises ValueError where the tracking server does not know the run any more, or does not answer.
+    Raises ValueError where the tracking server does not know the run any more, and where a new run finds no
+    server. A run that continues does not need one: this says so.
     """
     logging.getLogger("alembic").setLevel(logging.WARNING)
     uri = tracking_uri(config)
     if uri.startswith("sqlite:///"):
         Path(uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
-    client = MlflowClient(tracking_uri=uri)
+    known = None
+    if patiently(lambda: folder.exists(RUN_FILE)):
+        known = str(json.loads(patiently(lambda: folder.read_bytes(RUN_FILE)))["mlflow_run_id"])
     try:
-        if folder.exists(RUN_FILE):
-            run_id = str(json.loads(folder.read_bytes(RUN_FILE))["mlflow_run_id"])
-            client.get_run(run_id)
-            client.update_run(run_id, status="RUNNING")
-            return run_id
+        client = _client(uri)
+        if known is not None:
+            client.update_run(known, status="RUNNING")
+            return known
         run_id = client.create_run(
             _experiment_id(client, config), run_name=config.run.name, tags={"arvideo.run": folder.uri}
         ).info.run_id
@@ -74,40 +97,74 @@ def open_run(config: RunConfig, derived: Mapping[str, Any], folder: Storage) -> 
             run_id, yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False), "config.yaml"
         )
         client.log_dict(run_id, dict(derived), "derived.json")
-    except MlflowException as error:
+    except (MlflowException, requests.HTTPError, OSError) as error:
+        if known is not None and not refuses(error):
+            print(
+                f"MLflow at {uri} is away: {error}\nthe run goes on without it; what it logs is kept in its folder "
+                "and sent once MLflow is back",
+                flush=True,
+            )
+            return known
         raise ValueError(
             f"MLflow at {uri}: {error}. Check tracking.uri; {folder.uri}/{RUN_FILE} names the MLflow run "
             "that this run continues, if it exists: use another run.name to begin a new one"
         ) from error
-    folder.write_bytes(RUN_FILE, json.dumps({"mlflow_run_id": run_id, "tracking_uri": uri}).encode())
+    record = json.dumps({"mlflow_run_id": run_id, "tracking_uri": uri}).encode()
+    patiently(lambda: folder.write_bytes(RUN_FILE, record))
     return run_id
 
 
 def close_run(config: RunConfig, run_id: str, status: str) -> None:
-    """Set the final status: FINISHED, FAILED, or KILLED for a run that was asked to end."""
-    MlflowClient(tracking_uri=tracking_uri(config)).set_terminated(run_id, status)
+    """Set the final status: FINISHED, FAILED, or KILLED for a run that was asked to end.
+
+    Where MLflow stays away, or refuses, this says so; it is no reason for a run to fail.
+    """
+    uri, until = tracking_uri(config), time.monotonic() + _CLOSING_S
+    while True:
+        try:
+            _client(uri).set_terminated(run_id, status)
+            return
+        except (MlflowException, OSError) as error:
+            if refuses(error) or time.monotonic() + _PAUSE_S > until:
+                print(
+                    f"MLflow at {uri} did not take the status {status} of its run {run_id}: {error}\n"
+                    "the same command, given again, sets it",
+                    flush=True,
+                )
+                return
+        time.sleep(_PAUSE_S)
 
 
 class Tracker:
-    """Writes points, pictures and files of one run; each (metric, step) once, also after a restart."""
+    """Writes points, tags and files of one run at once; each (metric, step) once, also after a restart.
+
+    What fails is raised, and may be repeated whether or not MLflow has got it.
+    """
 
     def __init__(self, uri: str, run_id: str, before_write: Callable[[], None]) -> None:
         """`before_write` is called before everything that is written, and may refuse it by raising."""
         self._before_write = before_write
-        self._client = MlflowClient(tracking_uri=uri)
+        self._client = _client(uri)
         self._run_id = run_id
         self._last_steps: dict[str, int] = {}
 
-    def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """One point of each metric at `step`, in one transaction; points that exist already are left out."""
+    def log(self, step: int, metrics: Mapping[str, float], time_ms: int | None = None) -> None:
+        """One point of each metric at `step`, in one transaction; points that exist already are left out.
+
+        `time_ms`: when they were measured, in UNIX time, the same again where the request is repeated; None: now.
+        """
         new = {key: value for key, value in metrics.items() if step > self._last_step(key)}
         if not new:
             return
-        now = get_current_time_millis()
+        time_ms = get_current_time_millis() if time_ms is None else time_ms
         self._before_write()
-        self._client.log_batch(
-            self._run_id, metrics=[Metric(key, float(value), now, step) for key, value in new.items()]
-        )
+        try:
+            self._client.log_batch(
+                self._run_id, metrics=[Metric(key, float(value), time_ms, step) for key, value in new.items()]
+            )
+        except Exception:
+            self._last_steps.clear()  # MLflow may have them all the same: it is asked again
+            raise
         self._last_steps.update(dict.fromkeys(new, step))
 
     def _last_step(self, key: str) -> int:
@@ -118,12 +175,8 @@ class Tracker:
 
     def tag(self, key: str, value: str) -> None:
         """Set a tag of the run."""
-        self._client.set_tag(self._run_id, key, value)
-
-    def log_picture(self, name: str, picture_hwc: np.ndarray) -> None:
-        """A uint8 picture [H, W, 3] as artifact `name` (.png)."""
         self._before_write()
-        self._client.log_image(self._run_id, picture_hwc, artifact_file=name)
+        self._client.set_tag(self._run_id, key, value)
 
     def log_bytes(self, name: str, data: bytes) -> None:
         """A file with content `data` as artifact `name`, which may name folders (`folder/file`)."""
@@ -133,6 +186,15 @@ class Tracker:
             local = Path(scratch) / file
             local.write_bytes(data)
             self._client.log_artifact(self._run_id, str(local), artifact_path=folder or None)
+
+    def set_running(self) -> None:
+        """Set the run's status to RUNNING."""
+        self._before_write()
+        self._client.update_run(self._run_id, status="RUNNING")
+
+    def is_active(self) -> bool:
+        """Whether MLflow has the run and lets it be written to; raises where MLflow does not say."""
+        return bool(self._client.get_run(self._run_id).info.lifecycle_stage == "active")
 
 
 def tracker_of(folder: Storage) -> Tracker:
@@ -148,10 +210,16 @@ def tracker_of(folder: Storage) -> Tracker:
     if database != uri and not Path(database).exists():  # a client would make an empty one
         raise ValueError(f"{folder.uri}/{RUN_FILE} names MLflow's database {database}, which is not there")
     try:
-        MlflowClient(tracking_uri=uri).get_run(run_id)
+        _client(uri).get_run(run_id)
     except MlflowException as error:
         raise ValueError(f"MLflow at {uri}, named by {folder.uri}/{RUN_FILE}: {error}") from error
     return Tracker(uri, run_id, before_write=lambda: None)  # what is added belongs to no training step
+
+
+def _client(uri: str) -> MlflowClient:
+    for name, value in _REQUEST_LIMITS.items():
+        os.environ.setdefault(name, value)
+    return MlflowClient(tracking_uri=uri)
 
 
 def _experiment_id(client: MlflowClient, config: RunConfig) -> str:

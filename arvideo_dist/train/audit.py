@@ -5,7 +5,8 @@
 
 Each rank writes the places of its own batches, as it got them from the loader, right after the weights changed:
 stretches [first, last) of real places, padding left out. On a local or shared path a line is appended at each
-step; object storage cannot append, so there the lines go into numbered files before each checkpoint.
+step; object storage cannot append, so there the lines go into numbered files before each checkpoint. Lines that the
+storage does not take wait for the next step, at the latest for the next checkpoint, which does not count without.
 
 When workers restart, the weights go back to a checkpoint, and steps after it are replayed: `applied_places` tells
 the steps that are in the final weights from those that were lost with the workers.
@@ -13,7 +14,9 @@ the steps that are in the final weights from those that were lost with the worke
 
 from __future__ import annotations
 
+import errno
 import json
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -21,7 +24,7 @@ import torch
 import torch.distributed as dist
 
 from arvideo_dist.data.loader import Batch
-from arvideo_dist.storage import Storage
+from arvideo_dist.storage import Storage, patiently
 from arvideo_dist.train.lease import Guard
 
 FOLDER = "audit"
@@ -37,11 +40,12 @@ class Audit:
         self._rank = dist.get_rank()
         opened = [""]
         if self._rank == 0:
-            opened = [self._open(guard.generation, start_step)]
+            opened = [patiently(lambda: self._open(guard.generation, start_step))]
         dist.broadcast_object_list(opened, src=0, group=control)
         self._folder = opened[0]
         self._lines: list[str] = []
         self._files = 0
+        self._writing = threading.Lock()
 
     def _open(self, generation: int, start_step: int) -> str:
         prefix = f"{generation:08d}-"
@@ -55,20 +59,40 @@ class Audit:
         """The places of `batches` are in the weights since optimiser step `step` (the first one is 1)."""
         places = torch.cat([batch.places for batch in batches])
         line = {"step": step, "places": _stretches(places[places >= 0].tolist())}
-        self._lines.append(json.dumps(line) + "\n")
+        with self._writing:
+            self._lines.append(json.dumps(line) + "\n")
         if self._run.is_local:
-            self._guard.check()
-            with open(self._run.path(f"{self._folder}/rank-{self._rank:05d}.jsonl"), "a") as file:
-                file.writelines(self._lines)
-            self._lines.clear()
+            try:
+                self.flush()
+            except OSError as error:
+                print(f"rank {self._rank}: {self._folder}: tried again at the next step: {error}", flush=True)
 
     def flush(self) -> None:
-        """Call before a checkpoint: what it holds is on storage then."""
-        if self._lines:
-            name = f"{self._folder}/rank-{self._rank:05d}.{self._files:06d}.jsonl"
-            self._run.write_bytes(name, "".join(self._lines).encode())
-            self._files += 1
+        """Call before a checkpoint becomes visible, from any thread: what it holds is on storage then."""
+        with self._writing:
+            if not self._lines:
+                return
+            content = "".join(self._lines).encode()
+            if self._run.is_local:
+                self._guard.check()
+                _append(Path(self._run.path(f"{self._folder}/rank-{self._rank:05d}.jsonl")), content)
+            else:
+                name = f"{self._folder}/rank-{self._rank:05d}.{self._files:06d}.jsonl"
+                self._run.write_bytes(name, content)
+                self._files += 1
             self._lines.clear()
+
+
+def _append(path: Path, content: bytes) -> None:
+    """All of `content` or, where that raises OSError, nothing of it."""
+    with open(path, "ab", buffering=0) as file:
+        before = file.tell()
+        try:
+            if file.write(content) < len(content):
+                raise OSError(errno.ENOSPC, "only a part was written", str(path))
+        except OSError:
+            file.truncate(before)
+            raise
 
 
 def applied_places(run: Storage) -> dict[int, list[int]]:

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import torch.distributed as dist
 
 from arvideo_dist.data.loader import BadRecord, Batch
-from arvideo_dist.storage import Storage
+from arvideo_dist.train.deferred import DeferredWrites
 from arvideo_dist.train.stop import RunStoppedError
 
 ARTIFACT = "bad_samples.parquet"
@@ -24,7 +24,7 @@ class BadSamples:
     """The run's bad places, the same list on every rank."""
 
     def __init__(
-        self, run: Storage, max_fraction: float, num_samples: int, control: dist.ProcessGroup
+        self, run: DeferredWrites, max_fraction: float, num_samples: int, control: dist.ProcessGroup
     ) -> None:
         self._run, self._max_fraction, self._num_samples = run, max_fraction, num_samples
         self._control = control
@@ -68,7 +68,7 @@ class BadSamples:
         if dist.get_rank() == 0:
             for record in new:
                 print(f"bad sample: {record.shard} {record.key}: {record.reason}", flush=True)
-            self._run.write_bytes(ARTIFACT, self.parquet())
+            self._run.put(ARTIFACT, self.parquet())
 
     def parquet(self) -> bytes:
         """The list as a Parquet file."""

@@ -23,10 +23,11 @@ import torch.distributed as dist
 from arvideo_dist.config import TrainConfig
 from arvideo_dist.data.loader import Batch
 from arvideo_dist.storage import Storage
-from arvideo_dist.tracking import Tracker
 from arvideo_dist.train.checkpoint import FOLDER as CHECKPOINTS
 from arvideo_dist.train.checkpoint import open_newest_whole, step_of
+from arvideo_dist.train.deferred import DeferredWrites
 from arvideo_dist.train.engine import Engine
+from arvideo_dist.train.outbox import QueuedTracker
 from arvideo_dist.train.stop import RunStoppedError
 
 FOLDER = "bad_steps"
@@ -55,13 +56,15 @@ class BadSteps:
     def __init__(
         self,
         run: Storage,
+        notes: DeferredWrites,
         options: TrainConfig,
         name_samples: Callable[[Sequence[int]], list[tuple[str, str]]],
         control: dist.ProcessGroup,
-        tracker: Tracker | None,
+        tracker: QueuedTracker | None,
     ) -> None:
         """`name_samples`: shard and key of what stands at places. `tracker`: on rank 0, else None."""
-        self._run, self._options, self._name_samples = run, options, name_samples
+        self._run, self._notes = run, notes
+        self._options, self._name_samples = options, name_samples
         self._control, self._tracker = control, tracker
         self._steps: list[int] = []
         self._in_a_row = 0  # newest steps without a good one; a rollback sets it to 0
@@ -188,7 +191,7 @@ class BadSteps:
         sink = pa.BufferOutputStream()
         pq.write_table(pa.Table.from_pylist(rows, schema=_SCHEMA), sink)
         content = sink.getvalue().to_pybytes()
-        self._run.write_bytes(name, content)
+        self._notes.put(name, content)
         culprits = [row for row in rows if not math.isfinite(row["loss"])]
         reason = "all losses are finite, the gradient norm is not"
         if culprits:

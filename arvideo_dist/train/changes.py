@@ -37,6 +37,7 @@ ALTERING = frozenset(
 FREE = frozenset(
     {
         *("run.name", "run.storage_path", "run.resume", "run.allow_change", "run.max_restarts"),
+        "run.max_failed_saves",
         *("run.checkpoint_every_steps", "run.checkpoint_every_minutes", "run.keep_last", "run.keep_every"),
         *("run.lease_s", "run.preemption_grace_s", "run.audit"),
         *("data.val_split", "data.verify_checksums", "data.read_retries", "data.shard_cache_gib"),

@@ -11,6 +11,7 @@ folder is not a checkpoint. Only safetensors and JSON are read back: nothing is 
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import tempfile
@@ -26,7 +27,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import safe_open
 
 from arvideo_dist.data.index import FileEntry
-from arvideo_dist.storage import Storage
+from arvideo_dist.storage import Storage, patiently
 from arvideo_dist.train import zero_state
 from arvideo_dist.train.engine import Engine
 from arvideo_dist.train.stop import RunStoppedError
@@ -186,7 +187,8 @@ class Checkpoint:
         with tempfile.TemporaryDirectory() as scratch:
             files = {}
             for part in self.manifest.parts:
-                local = self._run.local_copy(f"{self._folder}/{part.name}", Path(scratch))
+                member = f"{self._folder}/{part.name}"
+                local = patiently(functools.partial(self._run.local_copy, member, Path(scratch)))
                 files[part.name] = safe_open(local, framework="pt")
             yield files
 
@@ -198,13 +200,13 @@ def open_newest_whole(run: Storage, control: dist.ProcessGroup) -> Checkpoint | 
     where the run has no checkpoint yet; RunStoppedError where it has some and all are damaged.
     """
     rank, world_size = dist.get_rank(), dist.get_world_size()
-    listed = [complete_checkpoints(run) if rank == 0 else []]
+    listed = [patiently(lambda: complete_checkpoints(run)) if rank == 0 else []]
     dist.broadcast_object_list(listed, src=0, group=control)
     for name in reversed(listed[0]):
         fault = None
         try:
-            found = Checkpoint(run, name)
-            found.verify(found.manifest.parts[rank::world_size])
+            found = patiently(functools.partial(Checkpoint, run, name))
+            patiently(functools.partial(found.verify, found.manifest.parts[rank::world_size]))
         except (CheckpointError, ValidationError, FileNotFoundError) as error:
             fault = str(error)
         faults: list[str | None] = [None] * world_size

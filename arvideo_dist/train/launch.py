@@ -17,14 +17,14 @@ from pydantic import ValidationError
 from arvideo_dist.config import RunConfig
 from arvideo_dist.data.index import load_manifest
 from arvideo_dist.derived import Derived, derive
-from arvideo_dist.storage import Storage
+from arvideo_dist.storage import Storage, patiently
 from arvideo_dist.train import changes
 from arvideo_dist.train.checkpoint import FOLDER, Checkpoint, CheckpointError, complete_checkpoints
 from arvideo_dist.train.data import clips_per_epoch, training_sources
 from arvideo_dist.train.engine import resolve_precision
-from arvideo_dist.train.lease import Lease, LeaseLostError
+from arvideo_dist.train.lease import Lease
 from arvideo_dist.train.preemption import stop_on_sigterm, wait_until_gone
-from arvideo_dist.train.stop import Interruption, RunInterruptedError, RunStoppedError
+from arvideo_dist.train.stop import Interruption, RunInterruptedError, RunStoppedError, Stopped
 
 _COLLECTIVE_TIMEOUT_S = 1800
 
@@ -124,6 +124,7 @@ def launch(config: RunConfig, derived: Derived, lease: Lease) -> Finished:
     LeaseLostError where another driver took the run, else what Ray Train raises after its restarts.
     """
     from arvideo_dist import tracking  # MLflow and Ray take seconds to import: only after all checks
+    from arvideo_dist.train import outbox
     from arvideo_dist.train.loop import RESULT
 
     run = lease.guard.storage()
@@ -131,10 +132,8 @@ def launch(config: RunConfig, derived: Derived, lease: Lease) -> Finished:
     status = "FAILED"
     try:
         _fit(config, derived, tracking.tracking_uri(config), run_id, lease)
-        lease.guard.check()  # else the result below may be another driver's
-        result = json.loads(run.read_bytes(RESULT))
-        if "stopped" in result:
-            raise RunStoppedError(result["stopped"])
+        patiently(lease.guard.check)  # else the result below may be another driver's
+        result = json.loads(patiently(lambda: run.read_bytes(RESULT)))
         status = "FINISHED"
     except RunInterruptedError:
         status = "KILLED"
@@ -142,10 +141,11 @@ def launch(config: RunConfig, derived: Derived, lease: Lease) -> Finished:
     finally:
         if lease.is_held():
             tracking.close_run(config, run_id, status)
+            outbox.say_unsent(run)
     return Finished(
         metrics=result,
         run_folder=run.uri,
-        checkpoint=f"{run.uri}/{FOLDER}/{complete_checkpoints(run)[-1]}",
+        checkpoint=f"{run.uri}/{FOLDER}/{_newest(run)[0]}",
         mlflow_run_id=run_id,
     )
 
@@ -164,12 +164,12 @@ def _fit(config: RunConfig, derived: Derived, uri: str, run_id: str, lease: Leas
     try:
         with stop_on_sigterm(lease, config.run.preemption_grace_s):
             while True:
-                before = complete_checkpoints(run)[-1:]
+                before = _newest(run)
                 try:
                     interruption = _fit_once(config, derived, uri, run_id, lease)
                 except api.WorkerGroupError as error:
-                    lease.guard.check()
-                    if complete_checkpoints(run)[-1:] == before:
+                    patiently(lease.guard.check)
+                    if _newest(run) == before:
                         raise
                     print(
                         f"workers were lost, but the run has advanced, so they start again: {error}",
@@ -186,10 +186,16 @@ def _fit(config: RunConfig, derived: Derived, uri: str, run_id: str, lease: Leas
                     )
                 wait_until_gone(interruption)
     except Exception:
-        lease.guard.check()  # workers without their lease fail in many ways; this names the one reason
+        with contextlib.suppress(OSError):
+            lease.guard.check()  # workers without their lease fail in many ways; this names the one reason
         raise
     finally:
         ray.shutdown()
+
+
+def _newest(run: Storage) -> list[str]:
+    """The name of the newest complete checkpoint, or nothing."""
+    return patiently(lambda: complete_checkpoints(run))[-1:]
 
 
 def _fit_once(
@@ -228,7 +234,10 @@ def _fit_once(
             failure_config=api.FailureConfig(max_failures=config.run.max_restarts),
         ),
     )
-    return trainer.fit().return_value
+    result = trainer.fit().return_value
+    if isinstance(result, Stopped):
+        raise RunStoppedError(result.reason)
+    return result
 
 
 def _connect(config: RunConfig) -> None:
@@ -269,13 +278,15 @@ def _say_if_too_small(config: RunConfig, resources: dict[str, float], use_gpu: b
             )
 
 
-def _worker(payload: dict[str, Any]) -> Interruption | None:
+def _worker(payload: dict[str, Any]) -> Interruption | Stopped | None:
     """Runs in every Ray Train worker, with the process group up; the driver gets what rank 0 returns."""
     import torch.distributed as dist
     from ray.train import get_preemption_info
     from ray.train.torch import get_device
 
-    from arvideo_dist.train.loop import RESULT, Task, train
+    from arvideo_dist.tracking import Tracker
+    from arvideo_dist.train.loop import Task, train
+    from arvideo_dist.train.outbox import QueuedTracker
     from arvideo_dist.train.watch import Watch
 
     warnings.filterwarnings(
@@ -290,13 +301,16 @@ def _worker(payload: dict[str, Any]) -> Interruption | None:
         mlflow_run_id=payload["mlflow_run_id"],
         lease=payload["lease"],
     )
+    tracker: Any = contextlib.nullcontext()
+    if dist.get_rank() == 0:
+        to_mlflow = Tracker(task.tracking_uri, task.mlflow_run_id, task.lease.check)
+        tracker = QueuedTracker(to_mlflow, task.lease.storage())
     try:
-        return train(task, device, control, Watch(task.lease, control, get_preemption_info))
+        with tracker:
+            watch = Watch(task.lease, control, get_preemption_info)
+            return train(task, device, control, watch, tracker if dist.get_rank() == 0 else None)
     except RunStoppedError as error:  # returning is what keeps Ray Train from a restart
-        if dist.get_rank() == 0:
-            with contextlib.suppress(LeaseLostError):  # where that is why, the driver finds it out itself
-                task.lease.storage().write_bytes(RESULT, json.dumps({"stopped": str(error)}).encode())
-    return None
+        return Stopped(str(error))
 
 
 def _inside_ray_job() -> bool:

@@ -36,7 +36,7 @@ from types import TracebackType
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from arvideo_dist.storage import Storage
+from arvideo_dist.storage import Storage, patiently
 
 FOLDER = "lease"
 _NAME = re.compile(r"(\d{8})-[0-9a-f]{32}\.json")
@@ -162,7 +162,14 @@ class Lease:
         self._wake.set()
         self._thread.join()
         with contextlib.suppress(LeaseLostError):  # whose it is now has been said
-            self._write(released=True)
+            try:
+                self._write(released=True)
+            except OSError as failure:
+                print(
+                    f"the lease of {self.guard.run_uri} was not given back: {failure}\nthe next start on "
+                    f"another machine waits {self._record.lease_s:g} s for it",
+                    file=sys.stderr,
+                )
 
     def ask_to_stop(self, reason: str) -> None:
         """Let the workers save and end at their next step; may be called by a signal handler."""
@@ -170,9 +177,10 @@ class Lease:
         self._wake.set()
 
     def is_held(self) -> bool:
+        """Whether no other driver has the run, as far as its storage tells."""
         try:
-            self.guard.check()
-        except LeaseLostError:
+            patiently(self.guard.check, self._record.lease_s)
+        except (LeaseLostError, OSError):
             return False
         return True
 

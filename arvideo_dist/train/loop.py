@@ -7,6 +7,7 @@ batch (unless `run.allow_change` let G change on the way); nothing else decides 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import math
@@ -24,16 +25,19 @@ from arvideo_dist.derived import Derived
 from arvideo_dist.interchange import load_initial_encoder
 from arvideo_dist.model.kinds import build_model
 from arvideo_dist.picture import png
-from arvideo_dist.tracking import Tracker
+from arvideo_dist.storage import patiently
 from arvideo_dist.train import changes
 from arvideo_dist.train import checkpoint as checkpoints
 from arvideo_dist.train.agreement import agree
 from arvideo_dist.train.audit import Audit
 from arvideo_dist.train.bad_samples import ARTIFACT, BadSamples
 from arvideo_dist.train.bad_steps import BadSteps
+from arvideo_dist.train.checkpoint import CheckpointError
 from arvideo_dist.train.data import loader_options, training_sources, validation_options, validation_source
+from arvideo_dist.train.deferred import DeferredWrites
 from arvideo_dist.train.engine import Engine, resolve_precision
 from arvideo_dist.train.lease import Guard
+from arvideo_dist.train.outbox import QueuedTracker
 from arvideo_dist.train.progress import Meter, progress_line
 from arvideo_dist.train.saver import Saver
 from arvideo_dist.train.schedule import learning_rate
@@ -42,7 +46,7 @@ from arvideo_dist.train.stop import Interruption, RunStoppedError
 from arvideo_dist.train.validate import validate
 from arvideo_dist.train.watch import Watch
 
-RESULT = "result.json"  # in the run's folder, once the run has ended: its final metrics, or why it stopped
+RESULT = "result.json"  # in the run's folder, once the run has ended: its final metrics
 
 
 @dataclass(frozen=True)
@@ -56,18 +60,24 @@ class Task:
     lease: Guard
 
 
-def train(task: Task, device: torch.device, control: dist.ProcessGroup, watch: Watch) -> Interruption | None:
+def train(
+    task: Task,
+    device: torch.device,
+    control: dist.ProcessGroup,
+    watch: Watch,
+    tracker: QueuedTracker | None,
+) -> Interruption | None:
     """Train from the latest complete checkpoint to the end of the run; leaves the final metrics in `RESULT`.
 
-    Called on every rank with the default process group up; `control` is a gloo group for host values. Where
-    `watch` says so, the run saves and leaves at a step boundary; the interruption is returned.
+    Called on every rank with the default process group up; `control` is a gloo group for host values, `tracker` is
+    rank 0's. Where `watch` says so, the run saves and leaves at a step boundary; the interruption is returned.
     """
     config, derived = task.config, task.derived.at_world_size(dist.get_world_size())
     rank, global_batch, total_steps = dist.get_rank(), derived.global_batch, derived.total_steps
     assert total_steps is not None
     assert derived.warmup_steps is not None
     run = task.lease.storage()
-    tracker = Tracker(task.tracking_uri, task.mlflow_run_id, task.lease.check) if rank == 0 else None
+    notes = DeferredWrites(run)
 
     torch.manual_seed(config.run.seed)
     model = build_model(config.model, config.decoder)
@@ -89,7 +99,6 @@ def train(task: Task, device: torch.device, control: dist.ProcessGroup, watch: W
         start.load_optimizer(engine)
     position = start.state["position"] if start is not None else 0
     step = start.state["step"] if start is not None else 0
-    saver = Saver(run, engine, config.run, say=functools.partial(_say, rank))
     _say(rank, f"continues from {start}, step {step}" if start else f"starts from {origin}")
     if derived.world_size != task.derived.world_size:
         _say(rank, derived.batch_line())
@@ -113,14 +122,35 @@ def train(task: Task, device: torch.device, control: dist.ProcessGroup, watch: W
         stop_position=position + (total_steps - step) * global_batch,
         options=loader_options(config.data, pin_memory=pin_memory),
     )
-    bad = BadSamples(run, config.data.max_bad_fraction, train_loader.places_per_epoch, control)
+    bad = BadSamples(notes, config.data.max_bad_fraction, train_loader.places_per_epoch, control)
     bad.restore(start.state["bad_samples"] if start is not None else [])
-    bad_steps = BadSteps(run, config.train, train_loader.samples.names, control, tracker)
+    bad_steps = BadSteps(run, notes, config.train, train_loader.samples.names, control, tracker)
     spikes = Spikes()
     if start is not None:
         bad_steps.restore(start.state.get("bad_steps"))
         spikes.restore(start.state.get("spikes", {}))
     audit = Audit(task.lease, step, control) if config.run.audit else None
+
+    def flush() -> None:
+        for kept in (notes, audit, tracker):
+            if kept is not None:
+                kept.flush()
+
+    def report_failed_save(step: int, failures: int, message: str) -> None:
+        if tracker is not None:
+            tracker.log(step, {"failed_saves": failures})
+            if failures:
+                tracker.tag("arvideo.failed_checkpoint", message)
+
+    saver = Saver(
+        run,
+        engine,
+        config.run,
+        functools.partial(_say, rank),
+        flush=flush,
+        report=report_failed_save,
+        last_saved=step,
+    )
 
     def validation() -> dict[str, float]:
         if config.data.val_split is None:
@@ -138,16 +168,14 @@ def train(task: Task, device: torch.device, control: dist.ProcessGroup, watch: W
         )
         result = validate(engine, loader, config.model, control)
         if tracker is not None and result.picture is not None:
-            name = f"pictures/step-{step:08d}.png"
+            name, picture = f"pictures/step-{step:08d}.png", png(result.picture)
             tracker.log(step, result.metrics)
-            tracker.log_picture(name, result.picture)
-            run.write_bytes(name, png(result.picture))
+            tracker.log_bytes(name, picture)
+            notes.put(name, picture)
             _say(rank, f"step {step}  " + "  ".join(f"{k} {v:.4f}" for k, v in result.metrics.items()))
         return result.metrics
 
     def save() -> None:
-        if audit is not None:
-            audit.flush()
         # No random states: every draw is keyed by (seed, place), so seed and position are all there is to them.
         # The model draws nothing while it trains (tests/train/test_saver.py).
         state: dict[str, Any] = {
@@ -163,11 +191,7 @@ def train(task: Task, device: torch.device, control: dist.ProcessGroup, watch: W
             "derived": asdict(derived),
             "versions": checkpoints.versions(),
         }
-        failure = saver.request(step, state)
-        if failure is not None:
-            _say(rank, f"step {step}  the checkpoint before this one failed: {failure}")
-            if tracker is not None:
-                tracker.tag("arvideo.failed_checkpoint", failure)
+        saver.request(step, state)
 
     batches = iter(train_loader)
     meter = Meter(device, control)
@@ -185,7 +209,8 @@ def train(task: Task, device: torch.device, control: dist.ProcessGroup, watch: W
                 break
             bad.account(micro_batches, facts.bad_samples, position)
         except RunStoppedError:  # on all ranks, so that they can still end the save in flight
-            saver.finish()
+            with contextlib.suppress(CheckpointError):
+                saver.finish()
             raise
 
         rate = learning_rate(
@@ -207,7 +232,8 @@ def train(task: Task, device: torch.device, control: dist.ProcessGroup, watch: W
         else:
             bad_steps.add(step, micro_batches, engine.sample_losses)
             if bad_steps.too_many:
-                saver.finish()
+                with contextlib.suppress(CheckpointError):  # the checkpoint before it is as good
+                    saver.finish()
                 weights_step = bad_steps.go_back(step, engine)
                 save_owed = True
                 if audit is not None:
@@ -250,14 +276,16 @@ def train(task: Task, device: torch.device, control: dist.ProcessGroup, watch: W
             saved_at, save_owed = step, False
     if interruption is not None and step > saved_at:
         save()
-    saver.finish()
+    saver.finish(save)
 
     if interruption is not None:
         return interruption
     if validated_at < total_steps:  # the run had ended before: the same figures again, for the summary
         metrics |= validation()
     if rank == 0:
-        run.write_bytes(RESULT, json.dumps(metrics, indent=1).encode())
+        patiently(notes.flush)
+        result = json.dumps(metrics, indent=1).encode()
+        patiently(lambda: run.write_bytes(RESULT, result))
     return None
 
 

@@ -5,8 +5,12 @@
 
 The state changes in the optimiser's update only, so the copy has the next step's forward and backward to itself;
 `before_update` holds the update back until the copy is whole, and everything after works on the copy. One save is
-in flight at a time. Its outcome is the same on all ranks, and is raised where they meet anyway: at the next save
-or at the end.
+in flight at a time. Its outcome is the same on all ranks, who learn it where they meet anyway: at the next save or
+at the end.
+
+A save that fails (a full disk, a store that does not answer) leaves the checkpoints before it as they are and
+nothing of itself. The training goes on and the next save is due sooner, after a pause that grows; when
+`run.max_failed_saves` have failed in a row the run stops, since it would only lose more.
 
 Memory: every rank holds its share of the state once more on the host, 12 bytes a parameter over the number of
 ranks, allocated at start (pinned on a GPU machine, where the allocator rounds up to a power of two). Object
@@ -49,6 +53,7 @@ from arvideo_dist.train.checkpoint import (
     shape_of,
 )
 from arvideo_dist.train.engine import Engine
+from arvideo_dist.train.lease import LeaseLostError
 from arvideo_dist.train.stop import RunStoppedError
 
 Result = TypeVar("Result")
@@ -58,6 +63,18 @@ _CHUNK_BYTES = 8 * 2**20
 _NICENESS = 10
 # How much later than the fastest rank the slowest may have uploaded its part.
 _TIMEOUT = timedelta(hours=2)
+_TOLD = 3  # ranks whose failure a message tells; a full disk is the same on all
+# From a failed save to the next try; doubles with each failure in a row. With three tries a store may be away for a
+# minute and a half, and all fit into the two minutes that workers have to leave (run.preemption_grace_s).
+_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 30.0, 600.0
+
+
+def _nothing() -> None:
+    pass
+
+
+def _ignore(step: int, failures: int, message: str) -> None:
+    pass
 
 
 class Saver:
@@ -69,18 +86,30 @@ class Saver:
         engine: Engine,
         options: RunConfigSection,
         say: Callable[[str], None],
+        *,
+        flush: Callable[[], None] = _nothing,
+        report: Callable[[int, int, str], None] = _ignore,
+        last_saved: int = 0,
     ) -> None:
         """Everything is written and deleted through `run`, which may refuse. `say` gets a line from rank 0 for
-        each complete checkpoint.
+        each complete checkpoint and each failed save.
+
+        `flush`: called on each rank before a checkpoint becomes visible, for what must be on storage by then.
+        `report`: called on rank 0 for each failed save (step, failures in a row, message), and with 0 failures
+        for the first that succeeds after. Both are called by the background thread. `last_saved`: the step of the
+        checkpoint that the run began from.
         """
         self._run, self._engine, self._options = run, engine, options
-        self._say = say
+        self._say, self._flush, self._report = say, flush, report
         self._rank, self._world_size = dist.get_rank(), dist.get_world_size()
         # The step loop uses its groups while the background thread uses this one.
         self._group = dist.new_group(backend="gloo", timeout=_TIMEOUT)
         self._snapshot = _Snapshot(engine)
         self._thread: threading.Thread | None = None
         self._failure: Exception | None = None
+        self._failed_at = 0.0
+        self._failures = 0  # in a row
+        self._last_saved = last_saved
         self._requested_at = time.monotonic()
 
     def due_by_step(self, step: int) -> bool:
@@ -89,20 +118,29 @@ class Saver:
         return any(step % number == 0 for number in every if number is not None)
 
     def due_by_time(self) -> bool:
-        """Whether `checkpoint_every_minutes` have passed: rank 0's clock alone says so, to be agreed upon."""
-        minutes = self._options.checkpoint_every_minutes
-        if self._rank or minutes is None:
+        """Whether `checkpoint_every_minutes` have passed, or the pause after a failed save: rank 0's clock alone
+        says so, to be agreed upon."""
+        if self._rank:
             return False
-        return time.monotonic() - self._requested_at >= 60 * minutes
+        in_flight = self._thread is not None and self._thread.is_alive()
+        if self._failures and not in_flight:
+            return self._failures >= self._options.max_failed_saves or self._pause_left_s() <= 0
+        minutes = self._options.checkpoint_every_minutes
+        return minutes is not None and time.monotonic() - self._requested_at >= 60 * minutes
 
-    def request(self, step: int, state: dict[str, Any]) -> str | None:
-        """Begin to save the state as it is after `step`; waits first where the save before is not yet done.
+    def request(self, step: int, state: dict[str, Any]) -> None:
+        """Begin to save the state as it is after `step`; waits first where the save before is not yet done, and
+        leaves it where that one failed and the pause after it is not over.
 
-        `state`: JSON content kept beside the tensors. Where the save before failed, this one is waited for, since
-        the state in memory is worth one more try: the result is the failure's message then, else None. Raises
-        CheckpointError, on all ranks, where this one fails too.
+        `state`: JSON content kept beside the tensors. Raises RunStoppedError, on all ranks, where the save before
+        was the last of `max_failed_saves` in a row.
         """
-        failure = self._outcome()
+        self._outcome()
+        if self._failures:  # the same on all ranks once their threads have ended; their clocks are not
+            over = [self._pause_left_s() <= 0]
+            dist.broadcast_object_list(over, src=0, group=self._group)
+            if not over[0]:
+                return
         self._requested_at = time.monotonic()
         state = {**state, "optimizer_steps": zero_state.optimizer_steps(self._engine)}
         self._snapshot.begin()
@@ -110,21 +148,27 @@ class Saver:
             target=self._save, args=(step, state), name=f"save-{step}", daemon=True
         )
         self._thread.start()
-        if failure is None:
-            return None
-        if (again := self._outcome()) is not None:
-            raise CheckpointError(f"two saves in a row failed: {failure}; {again}") from again
-        return str(failure)
 
     def before_update(self) -> None:
         """Call it before the weights change: holds back until a save that has begun has its copy."""
         if self._thread is not None:
             self._snapshot.hold()
 
-    def finish(self) -> None:
-        """Wait for the save in flight; raises CheckpointError on all ranks where it failed."""
-        if (failure := self._outcome()) is not None:
-            raise failure
+    def finish(self, again: Callable[[], None] | None = None) -> None:
+        """Wait for the save in flight; raises CheckpointError on all ranks where it failed.
+
+        With `again`, which requests the same state once more, that is called instead, after a pause, until a save
+        is whole; raises RunStoppedError as `request` does.
+        """
+        failure = self._outcome()
+        if again is None:
+            if failure is not None:
+                raise failure
+            return
+        while self._failures:
+            time.sleep(max(0.0, self._pause_left_s()))
+            again()
+            self._outcome()
 
     def _outcome(self) -> CheckpointError | None:
         """What became of the save in flight, once it has ended. Raises what must stop the run."""
@@ -132,9 +176,21 @@ class Saver:
             self._thread.join()
             self._thread = None
         failure, self._failure = self._failure, None
-        if failure is None or isinstance(failure, CheckpointError):
-            return failure
-        raise failure
+        if failure is None:
+            return None
+        if not isinstance(failure, CheckpointError):
+            raise failure
+        if self._failures >= self._options.max_failed_saves:
+            raise RunStoppedError(
+                f"{self._failures} saves in a row failed (run.max_failed_saves); the last one: {failure}. Mend the "
+                f"storage (free space, rights, is the store up?); the same command goes on from step "
+                f"{self._last_saved}"
+            ) from failure
+        return failure
+
+    def _pause_left_s(self) -> float:
+        pause = min(_FIRST_PAUSE_S * 2 ** (self._failures - 1), _LONGEST_PAUSE_S)
+        return self._failed_at + pause - time.monotonic()
 
     # From here on: the background thread.
 
@@ -143,10 +199,29 @@ class Saver:
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)
         try:
             self._write(step, state)
-        except (CheckpointError, RunStoppedError) as error:
+        except CheckpointError as error:
+            self._failures += 1
+            self._failed_at = time.monotonic()
             self._failure = error
-        except Exception as error:  # the group itself: a rank is gone, and the step loop is about to learn it
-            self._failure = CheckpointError(f"save of step {step}: {type(error).__name__}: {error}")
+            if self._rank == 0:
+                self._clean_up(step, error)
+        except Exception as error:  # the run ends, or a rank is gone and the step loop is about to learn it
+            self._failure = error
+        else:
+            if self._rank == 0 and self._failures:
+                self._report(step, 0, "")
+            self._failures, self._last_saved = 0, step
+
+    def _clean_up(self, step: int, error: CheckpointError) -> None:
+        """Rank 0, after a failed save: give back the space of what was written, and tell."""
+        name = checkpoint_name(step)
+        try:
+            discard(self._run, name)
+        except (OSError, LeaseLostError) as left:
+            self._say(f"step {step}  what the failed save left of {name} could not be deleted: {left}")
+        tries = f"{self._failures} of run.max_failed_saves {self._options.max_failed_saves} in a row"
+        self._say(f"step {step}  the save failed ({tries}): {error}")
+        self._report(step, self._failures, str(error))
 
     def _write(self, step: int, state: dict[str, Any]) -> None:
         name = checkpoint_name(step)
@@ -163,13 +238,25 @@ class Saver:
             if self._rank == 0:
                 self._publish(folder, written, state)
                 self._say(f"step {step}  checkpoint {name} is complete")
-                retain(self._run, name, self._options.keep_last, self._options.keep_every)
+                self._retain(name)
+
+        def write() -> tuple[FileEntry, list[FragmentEntry]]:
+            self._flush()
+            return self._snapshot.write(self._run, folder, part)
 
         token = self._together(folder, prepare)[0]
         # The token makes the names this save's own: no straggler of another attempt can write over its parts.
         part = f"part-{self._rank:05d}-of-{self._world_size:05d}-{token}.safetensors"
-        written = self._together(folder, lambda: self._snapshot.write(self._run, folder, part))
+        written = self._together(folder, write)
         self._together(folder, publish)
+
+    def _retain(self, name: str) -> None:
+        try:
+            retain(self._run, name, self._options.keep_last, self._options.keep_every)
+        except (
+            OSError
+        ) as error:  # the checkpoint itself is whole, and the next one's turn comes for these too
+            self._say(f"older checkpoints than {name} could not be deleted: {error}")
 
     def _together(self, folder: str, action: Callable[[], Result]) -> list[Result]:
         """Each rank's result of `action`; where it failed on some rank, the same error on all ranks.
@@ -179,8 +266,8 @@ class Saver:
         outcome: Any
         try:
             outcome = action(), None
-        except RunStoppedError as error:
-            outcome = None, error
+        except (RunStoppedError, LeaseLostError) as error:
+            outcome = None, RunStoppedError(str(error))
         except Exception as error:
             outcome = None, f"rank {self._rank}: {type(error).__name__}: {error}"
         outcomes: list[Any] = [None] * self._world_size
@@ -190,7 +277,10 @@ class Saver:
             if isinstance(failure, RunStoppedError):
                 raise failure
         if failures:
-            raise CheckpointError(f"save of {self._run.uri}/{folder} failed: {'; '.join(failures)}")
+            told = "; ".join(failures[:_TOLD]) + (
+                f"; {len(failures)} ranks in all" if failures[_TOLD:] else ""
+            )
+            raise CheckpointError(f"save of {self._run.uri}/{folder} failed: {told}")
         return [result for result, _ in outcomes]
 
     def _publish(

@@ -12,6 +12,13 @@ class RunStoppedError(RuntimeError):
     """
 
 
+@dataclass(frozen=True)
+class Stopped:
+    """What a worker leaves to the driver where it raised RunStoppedError."""
+
+    reason: str
+
+
 class RunInterruptedError(RuntimeError):
     """The run was asked to end before its end; the same command continues it."""
 

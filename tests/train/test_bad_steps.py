@@ -30,10 +30,12 @@ from arvideo_dist.train import zero_state
 from arvideo_dist.train.audit import applied_places
 from arvideo_dist.train.bad_steps import ROLLBACKS_TAG, BadSteps
 from arvideo_dist.train.checkpoint import FOLDER, Checkpoint, complete_checkpoints
+from arvideo_dist.train.deferred import DeferredWrites
 from arvideo_dist.train.engine import Engine
 from arvideo_dist.train.launch import derive_checked, run_folder
 from arvideo_dist.train.lease import acquire
 from arvideo_dist.train.loop import Task, train
+from arvideo_dist.train.outbox import QueuedTracker
 from arvideo_dist.train.stop import RunStoppedError
 from arvideo_dist.train.watch import Watch
 from tests.conftest import ROOT
@@ -238,7 +240,9 @@ def _train_case(case: Case, task: Task) -> list[str]:
             ended, said = False, io.StringIO()
             with contextlib.redirect_stdout(said), _crashing(crashes):
                 try:
-                    train(task, torch.device("cpu"), control, Watch(task.lease, control, lambda: None))
+                    with _queue(task) as tracker:
+                        watch = Watch(task.lease, control, lambda: None)
+                        train(task, torch.device("cpu"), control, watch, tracker)
                     ended = True
                 except RunStoppedError as error:
                     print(f"RunStoppedError: {error}")
@@ -251,6 +255,13 @@ def _train_case(case: Case, task: Task) -> list[str]:
             if ended:
                 return outputs
             crashes = []
+
+
+def _queue(task: Task) -> contextlib.AbstractContextManager[QueuedTracker | None]:
+    if dist.get_rank():
+        return contextlib.nullcontext()
+    to_mlflow = tracking.Tracker(task.tracking_uri, task.mlflow_run_id, task.lease.check)
+    return QueuedTracker(to_mlflow, task.lease.storage())
 
 
 class _Crash(Exception):  # noqa: N818
@@ -423,7 +434,9 @@ def test_a_run_that_cannot_go_on_stops_and_names_the_list_and_the_remedy(
 def test_a_fourth_way_back_to_the_same_weights_is_refused(tmp_path: Path) -> None:
     """Each rollback is followed by a checkpoint, so the next one goes back to that, unless a newer one was made."""
     chain = [{"step": 503, "to_step": 500}, {"step": 510, "to_step": 503}, {"step": 520, "to_step": 510}]
-    bad_steps = BadSteps(Storage(str(tmp_path)), TrainConfig(), lambda places: [], None, None)  # type: ignore[arg-type]
+    run = Storage(str(tmp_path))
+    notes = DeferredWrites(run)
+    bad_steps = BadSteps(run, notes, TrainConfig(), lambda places: [], None, None)  # type: ignore[arg-type]
     bad_steps.restore({"steps": [], "in_a_row": 3, "rollbacks": chain})
     with pytest.raises(RunStoppedError, match="gone back 3 times without a checkpoint of newer weights"):
         bad_steps.go_back(530, engine=None)  # type: ignore[arg-type]

@@ -1,9 +1,8 @@
-"""Saves beside the training: what they hold, when they are due, what is kept, and how a failure is known."""
+"""Saves beside the training: what they hold, when they are due, and what is kept."""
 
 from __future__ import annotations
 
 import random
-import re
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,7 +22,6 @@ from arvideo_dist.train.checkpoint import (
     FOLDER,
     MANIFEST,
     Checkpoint,
-    CheckpointError,
     checkpoint_name,
     complete_checkpoints,
     retain,
@@ -34,21 +32,16 @@ from tests.train.keyed import micro_batch, new_engine, new_model, state_at, trai
 
 
 class HeldStorage(Storage):
-    """Parts wait until they are let go, and fail on rank 1 in the checkpoints of `failing` steps."""
+    """Parts wait until they are let go."""
 
-    def __init__(self, uri: str, failing: tuple[int, ...] = (), let_go: bool = True) -> None:
+    def __init__(self, uri: str) -> None:
         super().__init__(uri)
         self.begun, self.let_go = threading.Event(), threading.Event()
-        self.failing = [checkpoint_name(step) for step in failing]
-        if let_go:
-            self.let_go.set()
 
     @contextmanager
     def streaming(self, name: str) -> Iterator[IO[bytes]]:
         self.begun.set()
         assert self.let_go.wait(60)
-        if dist.get_rank() == 1 and name.split("/")[1] in self.failing:
-            raise OSError("No space left on device")
         with super().streaming(name) as file:
             yield file
 
@@ -68,9 +61,6 @@ def _find(folder: str) -> dict[str, Any]:
     engine = new_engine(new_model(), stage=0)
     return {
         "held": _train_past_a_held_save(f"{folder}/held", engine),
-        "once": _fail(f"{folder}/once", engine, failing=(1,), saves=(1, 2)),
-        "twice": _fail(f"{folder}/twice", engine, failing=(1, 2), saves=(1, 2)),
-        "last": _fail(f"{folder}/last", engine, failing=(1,), saves=(1,)),
         "votes": _votes(engine),
         "agreed": _agree_on_bad(),
         "random": _random_states(engine),
@@ -79,7 +69,7 @@ def _find(folder: str) -> dict[str, Any]:
 
 
 def _train_past_a_held_save(folder: str, engine: Engine) -> dict[str, Any]:
-    run = HeldStorage(folder, let_go=False)
+    run = HeldStorage(folder)
     saver = make_saver(run, engine)
     train_steps(engine, 0, 2, 4, saver)
     then = {name: value.clone() for name, value in engine.module.state_dict().items()}
@@ -107,46 +97,6 @@ def test_training_goes_on_while_the_state_as_it_was_is_saved(found: list[dict[st
         "as it was": True,
         "as it is": False,
     }
-
-
-def _fail(folder: str, engine: Engine, failing: tuple[int, ...], saves: tuple[int, ...]) -> list[str]:
-    """What the saves said, then the complete checkpoints."""
-    run = HeldStorage(folder, failing)
-    saver = make_saver(run, engine)
-    said = []
-    try:
-        for step in saves:
-            said.append(str(saver.request(step, state_at(step))))
-            train_steps(engine, step, step + 1, 4, saver)  # between two saves nothing is raised
-        saver.finish()
-    except CheckpointError as error:
-        said.append(f"raised {error}")
-    return [*said, *complete_checkpoints(run)]
-
-
-def test_a_failed_save_is_told_to_all_ranks_by_the_next_which_is_then_waited_for(
-    found: list[dict[str, Any]],
-) -> None:
-    for rank in found:
-        first, second, *complete = rank["once"]
-        assert first == "None"
-        assert "step-00000001 failed: rank 1: OSError: No space left on device" in second
-        assert complete == ["step-00000002"]
-
-
-def test_two_failed_saves_in_a_row_are_an_error_on_all_ranks(found: list[dict[str, Any]]) -> None:
-    for rank in found:
-        assert rank["twice"][0] == "None"
-        assert re.search(
-            "raised two saves in a row failed.*00000001 failed.*00000002 failed", rank["twice"][1]
-        )
-        assert len(rank["twice"]) == 2
-
-
-def test_a_failed_last_save_is_an_error_on_all_ranks(found: list[dict[str, Any]]) -> None:
-    for rank in found:
-        assert "raised save of" in rank["last"][1]
-        assert "No space left on device" in rank["last"][1]
 
 
 def _save_fresh(folder: str) -> None:
