@@ -8,7 +8,9 @@ the same at all of them.)
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Sequence
+from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,6 +19,7 @@ from torch import nn
 
 from arvideo_dist.config import OptimConfig, TrainConfig
 from arvideo_dist.model.pretraining import Output
+from arvideo_dist.train.activity import activity
 
 if TYPE_CHECKING:  # the loader wants packages that a bare GPU machine does not have (benchmarks/gpu_check.py)
     from arvideo_dist.data.loader import Batch
@@ -67,6 +70,7 @@ class Engine:
         self.stage = train.zero_stage
         self.device = device
         self.world_size = dist.get_world_size()
+        self.forward_time = ForwardTime(device)  # of the last step
         self._deepspeed, *_ = deepspeed.initialize(
             model=model.to(device),
             optimizer=optimizer,
@@ -92,9 +96,12 @@ class Engine:
         (float32 scalar on the device).
         """
         loss_sum = torch.zeros((), device=self.device)
+        self.forward_time = ForwardTime(self.device)
         for index, host_batch in enumerate(batches):
+            activity.together(f"forward and backward of micro batch {index}")
             batch = host_batch.to(self.device)
-            weighted = (self.forward(batch).loss_b * batch.weights).sum()
+            with self.forward_time:
+                weighted = (self.forward(batch).loss_b * batch.weights).sum()
             # DeepSpeed averages over ranks; accumulation is already in total_weight.
             self._deepspeed.backward(weighted * (self.world_size / total_weight), scale_wrt_gas=False)
             if index < len(batches) - 1:
@@ -106,6 +113,7 @@ class Engine:
         """The optimiser step at `learning_rate`; returns the gradient norm over all ranks before clipping."""
         for group in self.zero_optimizer.param_groups:
             group["lr"] = learning_rate
+        activity.together("optimiser step")
         norm = self._plain_gradient_norm() if self.stage == 0 else None
         self._deepspeed.step()
         return self._deepspeed.get_global_grad_norm() if norm is None else norm
@@ -121,6 +129,35 @@ class Engine:
 
     def set_training(self, training: bool) -> None:
         self._deepspeed.train(training)
+
+
+class ForwardTime:
+    """Seconds of forward passes. On a GPU by its own clock, which waits for nothing while they run."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._cuda = device.type == "cuda"
+        self._began, self._host_s = 0.0, 0.0
+        self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+
+    def __enter__(self) -> None:
+        if self._cuda:
+            pair = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            pair[0].record()
+            self._events.append(pair)
+        else:
+            self._began = time.perf_counter()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._cuda:
+            self._events[-1][1].record()
+        else:
+            self._host_s += time.perf_counter() - self._began
+
+    def seconds(self) -> float:
+        """To be called once the device is past them: where a result of the step has been read."""
+        return self._host_s + sum(begin.elapsed_time(end) for begin, end in self._events) / 1000
 
 
 def _deepspeed_config(

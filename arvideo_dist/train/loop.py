@@ -26,13 +26,14 @@ from arvideo_dist.picture import png
 from arvideo_dist.tracking import Tracker
 from arvideo_dist.train import changes
 from arvideo_dist.train import checkpoint as checkpoints
+from arvideo_dist.train.activity import activity
 from arvideo_dist.train.agreement import agree
 from arvideo_dist.train.audit import Audit
 from arvideo_dist.train.bad_samples import ARTIFACT, BadSamples
 from arvideo_dist.train.data import loader_options, training_sources, validation_options, validation_source
 from arvideo_dist.train.engine import Engine, resolve_precision
 from arvideo_dist.train.lease import Guard
-from arvideo_dist.train.progress import Meter, progress_line
+from arvideo_dist.train.progress import Meter, Stragglers, progress_line
 from arvideo_dist.train.saver import Saver
 from arvideo_dist.train.schedule import learning_rate
 from arvideo_dist.train.stop import Interruption, RunStoppedError
@@ -66,10 +67,12 @@ def train(task: Task, device: torch.device, control: dist.ProcessGroup, watch: W
     run = task.lease.storage()
     tracker = Tracker(task.tracking_uri, task.mlflow_run_id, task.lease.check) if rank == 0 else None
 
+    activity.alone("builds the model")
     torch.manual_seed(config.run.seed)
     model = build_model(config.model, config.decoder)
     sequence = model.sequences.draw_sequence
     digests, precision = changes.data_digests(config.data), resolve_precision(config.train, device)
+    activity.together("verifies and reads the checkpoint")
     start = checkpoints.open_newest_whole(run, control)
     origin = "random weights"
     if start is not None:
@@ -81,16 +84,19 @@ def train(task: Task, device: torch.device, control: dist.ProcessGroup, watch: W
             raise RunStoppedError(str(error)) from error
     elif config.model.init_from is not None:
         origin = load_initial_encoder(model.encoder, config.model.init_from)
+    activity.together("builds the engine")
     engine = Engine(model, config.train, config.optim, device, derived.accumulation_steps)
     if start is not None:
+        activity.alone("reads the optimiser's state")
         start.load_optimizer(engine)
     position = start.state["position"] if start is not None else 0
-    step = start.state["step"] if start is not None else 0
+    step = activity.step = start.state["step"] if start is not None else 0
     saver = Saver(run, engine, config.run, say=functools.partial(_say, rank))
     _say(rank, f"continues from {start}, step {step}" if start else f"starts from {origin}")
     if derived.world_size != task.derived.world_size:
         _say(rank, derived.batch_line())
 
+    activity.together("opens the data")
     pin_memory = device.type == "cuda"
     make_loader = functools.partial(
         ClipLoader,
@@ -129,6 +135,7 @@ def train(task: Task, device: torch.device, control: dist.ProcessGroup, watch: W
             options=validation_options(config.data, pin_memory=pin_memory),
         )
         result = validate(engine, loader, config.model, control)
+        activity.alone("writes the validation")
         if tracker is not None and result.picture is not None:
             name = f"pictures/step-{step:08d}.png"
             tracker.log(step, result.metrics)
@@ -138,6 +145,7 @@ def train(task: Task, device: torch.device, control: dist.ProcessGroup, watch: W
         return result.metrics
 
     def save() -> None:
+        activity.together("begins a save")
         if audit is not None:
             audit.flush()
         # No random states: every draw is keyed by (seed, place), so seed and position are all there is to them.
@@ -161,13 +169,16 @@ def train(task: Task, device: torch.device, control: dist.ProcessGroup, watch: W
 
     batches = iter(train_loader)
     meter = Meter(device, control)
+    stragglers = Stragglers()
     metrics: dict[str, float] = {}
     validated_at, saved_at, bad_logged = -1, step, 0
     interruption: Interruption | None = None
     while step < total_steps and interruption is None:
+        activity.alone("waits for batches", train_loader.busy_with)
         began = time.perf_counter()
         micro_batches = next(batches)
         meter.waited(time.perf_counter() - began)
+        activity.together("agrees on the step with the other ranks")
         facts = agree(micro_batches, control, save_due=saver.due_by_time(), look=watch.due())
         try:
             if facts.look and (interruption := watch.look(step)) is not None:
@@ -185,14 +196,17 @@ def train(task: Task, device: torch.device, control: dist.ProcessGroup, watch: W
             final=derived.min_lr,
         )
         loss_sum = engine.accumulate(micro_batches, facts.total_weight)
+        meter.forward(engine.forward_time)
         saver.before_update()
         gradient_norm = engine.apply(rate)
         position += global_batch
         step += 1
+        activity.step = step
         if audit is not None:
             audit.applied(step, micro_batches)
 
         if step % config.train.log_every_steps == 0 or step == total_steps:
+            activity.together("joins the metrics of all ranks")
             point = meter.point(loss_sum, facts.total_weight, global_batch)
             metrics = {
                 "loss/train": point.loss,
@@ -204,13 +218,19 @@ def train(task: Task, device: torch.device, control: dist.ProcessGroup, watch: W
                 "data_wait_share": point.data_wait_share,
                 "memory_gib": point.memory_gib,
                 "bad_samples": len(bad),
+                "step_time/max": point.slowest_s,
+                "step_time/median": point.median_s,
+                "slowest_rank": point.slowest_rank,
             }
+            activity.alone("writes metrics")
             if tracker is not None:
                 tracker.log(step, metrics)
                 if len(bad) > bad_logged:
                     tracker.log_bytes(ARTIFACT, bad.parquet())
                     bad_logged = len(bad)
             _say(rank, progress_line(step, total_steps, rate, point, global_batch))
+            if (straggler := stragglers.line(point)) is not None:
+                _say(rank, f"step {step}  {straggler}")
         if step % config.validation.every_steps == 0 or step == total_steps:
             metrics |= validation()
             validated_at = step

@@ -12,6 +12,10 @@ class RunStoppedError(RuntimeError):
     """
 
 
+class CrashLoopError(RuntimeError):
+    """Workers were lost again and again without a new checkpoint; raised by the driver."""
+
+
 class RunInterruptedError(RuntimeError):
     """The run was asked to end before its end; the same command continues it."""
 
