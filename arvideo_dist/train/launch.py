@@ -313,6 +313,8 @@ def _worker(payload: dict[str, Any]) -> Interruption | None:
         with Heartbeat(payload["monitor"], task.lease.storage(), rank, world_size, config.run.hung_s):
             activity.together("connects to the other ranks")
             control = dist.new_group(backend="gloo", timeout=timeout)
+            if rank == 0:
+                print(f"{world_size} workers have started", flush=True)
             return train(task, device, control, Watch(task.lease, control, get_preemption_info))
     except RunStoppedError as error:  # returning is what keeps Ray Train from a restart
         if rank == 0:
