@@ -40,6 +40,7 @@ class Heartbeat:
             "created": me.create_time(),
         }
         self._every = seconds_between_beats(hung_s)
+        self._heard = True
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._keep, name="heartbeat", daemon=True)
 
@@ -69,8 +70,11 @@ class Heartbeat:
         except (
             Exception
         ) as error:  # the monitor starts again by itself; without a driver Ray ends this process
-            print(f"rank {self._who['rank']}: the monitor did not hear a heartbeat: {error}", file=sys.stderr)
+            if self._heard:
+                print(f"rank {self._who['rank']}: the monitor heard no heartbeat: {error}", file=sys.stderr)
+            self._heard = False
             return
+        self._heard = True
         if order is not None and not left:
             self._obey(order)
 

@@ -20,7 +20,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -78,6 +78,7 @@ class Hang:
     table: str  # a line for every rank
     guilty: tuple[int, ...]
     mute: tuple[Beat, ...]  # the last beats of ranks that say nothing any more
+    live: bool  # whether any rank still says something
     folder: str = ""
 
 
@@ -135,6 +136,7 @@ def judge(
         table="\n".join([*lines, *(f"rank {rank:5}  never heard" for rank in missing)]),
         guilty=tuple(sorted(guilty)),
         mute=tuple(mute),
+        live=bool(live),
     )
 
 
@@ -205,21 +207,22 @@ class Monitor:
                 when = datetime.datetime.now(datetime.UTC).strftime("%Y%m%dT%H%M%S")
                 folder = f"{FOLDER}/{self._generation:08d}-{when}"
                 group.order = Order(folder, hang.reason)
-                return Hang(hang.reason, hang.table, hang.guilty, hang.mute, folder)
+                return replace(hang, folder=folder)
 
 
-def autopsy(pid: int, created: float) -> str:
-    """Runs on the node of a rank that is mute: its state and stacks; then the process is killed."""
+def autopsy(pid: int, created: float) -> str | None:
+    """Runs on the node of a rank that is mute: its state and stacks, then the process is killed; None where it had
+    ended before."""
     from arvideo_dist import stacks
 
     try:
         process = psutil.Process(pid)
         if abs(process.create_time() - created) > 1:
-            return f"process {pid} has ended\n"
+            return None
         found = stacks.of_tree(pid)
         process.send_signal(signal.SIGKILL)
     except psutil.NoSuchProcess:
-        return f"process {pid} has ended\n"
+        return None
     return found
 
 
@@ -265,16 +268,24 @@ class HangWatch:
             except ray.exceptions.RayError:  # it starts again
                 self._ended.wait(1)
                 continue
+            ends = {} if hang.live else self._end_mute(hang)
+            if ends and all(found is None for found in ends.values()):
+                continue  # they had been killed, and new workers wait for room: no hang, however long that takes
             self._reason = f"{hang.reason}; stacks are in {self._guard.run_uri}/{hang.folder}"
             print(f"the run hangs: {self._reason}", flush=True)
             self._write(hang.folder, "reason.txt", f"{hang.reason}\n\n{hang.table}\n")
-            self._end_mute(hang)
+            for beat, found in (ends or self._end_mute(hang)).items():
+                text = found or "its process or its node has ended\n"
+                print(f"{beat}: {text.splitlines()[0]}", flush=True)
+                name = f"rank-{beat.rank:05d}.txt"
+                self._write(hang.folder, name, f"{hang.reason}\n\nrank {beat.rank}\n\n{text}")
             try:
                 self._note(TAG, self._reason)
             except Exception as error:
                 print(f"the hang was not noted in MLflow: {error}", flush=True)
 
-    def _end_mute(self, hang: Hang) -> None:
+    def _end_mute(self, hang: Hang) -> dict[Beat, str | None]:
+        """What an autopsy found of each mute rank, whose process has ended after it."""
         import ray
 
         tasks = {
@@ -284,20 +295,18 @@ class HangWatch:
             for beat in hang.mute
         }
         if not tasks:
-            return
+            return {}
         done, _ = ray.wait(list(tasks), num_returns=len(tasks), timeout=_AUTOPSY_S)
+        found: dict[Beat, str | None] = {}
         for task, beat in tasks.items():
-            found = f"its node {beat.node} could not be asked within {_AUTOPSY_S:g} s\n"
-            if task in done:
-                try:
-                    found = ray.get(task)
-                except ray.exceptions.RayError as error:
-                    found = f"its node {beat.node} could not be asked: {error}\n"
-            state = found.splitlines()[0]
-            print(f"{beat}: {state}", flush=True)
-            self._write(
-                hang.folder, f"rank-{beat.rank:05d}.txt", f"{hang.reason}\n\nrank {beat.rank}\n\n{found}"
-            )
+            if task not in done:
+                found[beat] = f"its node {beat.node} did not answer within {_AUTOPSY_S:g} s\n"
+                continue
+            try:
+                found[beat] = ray.get(task)
+            except ray.exceptions.RayError:  # Ray knows that the node is gone
+                found[beat] = None
+        return found
 
     def _write(self, folder: str, name: str, text: str) -> None:
         """In a thread of its own: the store may be what hangs, and the ranks must be ended all the same."""

@@ -92,6 +92,14 @@ def test_rank_that_was_never_heard_is_to_blame_after_the_same_time() -> None:
     assert "rank 3 never sent a heartbeat" in hang.reason
 
 
+def test_workers_that_are_all_silent_are_told_from_a_hang_with_witnesses() -> None:
+    silent = {f"r{rank}": {"ago": 500.0} for rank in range(4)}
+    hang = _hang(_ranks(**silent))  # they may have been killed, and their successors wait for room
+    assert not hang.live
+    assert [beat.rank for beat in hang.mute] == [0, 1, 2, 3]
+    assert _hang(_ranks(r1={"ago": 500.0})).live
+
+
 def test_ranks_that_have_left_hang_no_more() -> None:
     left = {f"r{rank}": {"left": True, "ago": 900.0} for rank in range(4)}
     assert judge(_ranks(**left), 4, 1000.0, HUNG_S) is None
