@@ -67,9 +67,8 @@ class Heartbeat:
         try:
             beat = Beat(**self._who, **activity.reading()._asdict(), left=left)
             order = ray.get(self._monitor.beat.remote(beat), timeout=max(5.0, self._every))
-        except (
-            Exception
-        ) as error:  # the monitor starts again by itself; without a driver Ray ends this process
+        except Exception as error:
+            # The monitor starts again by itself; without a driver Ray ends this process.
             if self._heard:
                 print(f"rank {self._who['rank']}: the monitor heard no heartbeat: {error}", file=sys.stderr)
             self._heard = False

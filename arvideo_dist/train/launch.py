@@ -28,7 +28,7 @@ from arvideo_dist.train.heartbeat import Heartbeat
 from arvideo_dist.train.lease import Lease, LeaseLostError
 from arvideo_dist.train.monitor import HangWatch
 from arvideo_dist.train.preemption import stop_on_sigterm, wait_until_gone
-from arvideo_dist.train.stop import Interruption, RunInterruptedError, RunStoppedError
+from arvideo_dist.train.stop import RESULT, Interruption, RunInterruptedError, RunStoppedError
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,6 @@ def launch(config: RunConfig, derived: Derived, lease: Lease) -> Finished:
     LeaseLostError where another driver took the run, CrashLoopError where workers are lost again and again.
     """
     from arvideo_dist import tracking  # MLflow and Ray take seconds to import: only after all checks
-    from arvideo_dist.train.loop import RESULT
 
     run = lease.guard.storage()
     run_id = tracking.open_run(config, asdict(derived), run)
@@ -289,17 +288,37 @@ def _say_if_too_small(config: RunConfig, resources: dict[str, float], use_gpu: b
 def _worker(payload: dict[str, Any]) -> Interruption | None:
     """Runs in every Ray Train worker, with the process group up; the driver gets what rank 0 returns."""
     import torch.distributed as dist
+
+    config, guard = RunConfig.model_validate(payload["config"]), payload["lease"]
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    if rank == 0:
+        print(f"{world_size} workers have started", flush=True)
+    with Heartbeat(payload["monitor"], guard.storage(), rank, world_size, config.run.hung_s):
+        try:
+            return _train(config, payload)
+        except RunStoppedError as error:  # returning is what keeps the driver from a restart
+            if rank == 0:
+                with contextlib.suppress(LeaseLostError):  # where that is why, the driver finds it out itself
+                    guard.storage().write_bytes(RESULT, json.dumps({"stopped": str(error)}).encode())
+    return None
+
+
+def _train(config: RunConfig, payload: dict[str, Any]) -> Interruption | None:
+    import torch.distributed as dist
     from ray.train import get_preemption_info
     from ray.train.torch import get_device
 
-    from arvideo_dist.train.loop import RESULT, Task, train
+    activity.alone("imports libraries")
+    from arvideo_dist.train.loop import Task, train
     from arvideo_dist.train.watch import Watch
 
     warnings.filterwarnings(
         "ignore", category=FutureWarning, module=r"torch\.distributed"
     )  # DeepSpeed's calls
     device = get_device() if torch.cuda.is_available() else torch.device("cpu")
-    config = RunConfig.model_validate(payload["config"])
+    activity.together("connects to the other ranks")
+    timeout = datetime.timedelta(seconds=_collective_timeout_s(config))
+    control = dist.new_group(backend="gloo", timeout=timeout)
     task = Task(
         config=config,
         derived=Derived(**payload["derived"]),
@@ -307,20 +326,7 @@ def _worker(payload: dict[str, Any]) -> Interruption | None:
         mlflow_run_id=payload["mlflow_run_id"],
         lease=payload["lease"],
     )
-    timeout = datetime.timedelta(seconds=_collective_timeout_s(config))
-    rank, world_size = dist.get_rank(), dist.get_world_size()
-    try:
-        with Heartbeat(payload["monitor"], task.lease.storage(), rank, world_size, config.run.hung_s):
-            activity.together("connects to the other ranks")
-            control = dist.new_group(backend="gloo", timeout=timeout)
-            if rank == 0:
-                print(f"{world_size} workers have started", flush=True)
-            return train(task, device, control, Watch(task.lease, control, get_preemption_info))
-    except RunStoppedError as error:  # returning is what keeps Ray Train from a restart
-        if rank == 0:
-            with contextlib.suppress(LeaseLostError):  # where that is why, the driver finds it out itself
-                task.lease.storage().write_bytes(RESULT, json.dumps({"stopped": str(error)}).encode())
-    return None
+    return train(task, device, control, Watch(task.lease, control, get_preemption_info))
 
 
 def _inside_ray_job() -> bool:

@@ -36,11 +36,9 @@ from arvideo_dist.train.lease import Guard
 from arvideo_dist.train.progress import Meter, Stragglers, progress_line
 from arvideo_dist.train.saver import Saver
 from arvideo_dist.train.schedule import learning_rate
-from arvideo_dist.train.stop import Interruption, RunStoppedError
+from arvideo_dist.train.stop import RESULT, Interruption, RunStoppedError
 from arvideo_dist.train.validate import validate
 from arvideo_dist.train.watch import Watch
-
-RESULT = "result.json"  # in the run's folder, once the run has ended: its final metrics, or why it stopped
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+RESULT = "result.json"  # in the run's folder, once the run has ended: its final metrics, or why it stopped
+
 
 class RunStoppedError(RuntimeError):
     """The run cannot go on, and a restart would meet the same; raised on all ranks together.
