@@ -40,11 +40,17 @@ def main(argv: list[str] | None = None) -> None:
     checkpoint.add_argument(
         "--threads", type=int, default=1, help="as Ray gives a worker of cluster.cpus_per_worker (default: 1)"
     )
+    restart = subjects.add_parser("restart", help="seconds from a worker's SIGKILL to the next applied step")
+    restart.add_argument("--rounds", type=int, default=6, help="kills (default: 6)")
+    restart.add_argument("--workers", type=int, default=2, help="of the run (default: 2)")
+    restart.add_argument("--zero-stage", type=int, default=1, help="train.zero_stage (default: 1)")
+    restart.add_argument("--seed", type=int, default=0, help="draws workers and steps (default: 0)")
     for subject in subjects.choices.values():
         subject.add_argument("--json", type=Path, required=True, help="result file")
     flags = parser.parse_args(argv)
     try:
-        result = {"loader": _loader, "order": _order, "checkpoint": _checkpoint}[flags.subject](flags)
+        subject_of = {"loader": _loader, "order": _order, "checkpoint": _checkpoint, "restart": _restart}
+        result = subject_of[flags.subject](flags)
     except ValueError as error:
         exit_with(error, 2)
     write_json(flags.json, {"subject": flags.subject} | environment() | result)
@@ -68,6 +74,18 @@ def _checkpoint(flags: argparse.Namespace) -> dict[str, Any]:
         print(f"{kind:<13} {extra['mean']:.2f} s a save (+- {extra['deviation']:.2f})")
     print(f"ratio         {result['asynchronous_to_synchronous']:.2f}")
     return {"configuration": asdict(plan) | {"folder": str(plan.folder)}} | result
+
+
+def _restart(flags: argparse.Namespace) -> dict[str, Any]:
+    from arvideo_dist.bench.restart import Plan, run
+
+    plan = Plan(flags.rounds, flags.workers, flags.zero_stage, flags.seed)
+    result = run(plan, say=lambda line: print(line, flush=True))
+    for stage, seconds in result["seconds"].items():
+        print(
+            f"{stage:<13} {seconds['mean']:6.1f} (+- {seconds['deviation']:.1f}, at most {seconds['max']:.1f})"
+        )
+    return {"configuration": asdict(plan)} | result
 
 
 def _loader(flags: argparse.Namespace) -> dict[str, Any]:

@@ -53,7 +53,15 @@ class RunConfigSection(Section):
     max_restarts: int = Field(
         3,
         ge=0,
-        description="restarts after lost workers, without a checkpoint in between, before the run fails",
+        description="restarts after lost workers, without a checkpoint in between, before the run fails; "
+        "each after a longer pause than the one before",
+    )
+    hung_s: float = Field(
+        600.0,
+        ge=5,
+        description="seconds without progress of any rank after which the run counts as hung: the stacks of all "
+        "ranks are kept and the workers start again; must be longer than the longest honest pause between two "
+        "signs of progress (a micro batch, a batch of the validation, a piece of a checkpoint, data.hung_worker_s)",
     )
     lease_s: float = Field(
         60.0,

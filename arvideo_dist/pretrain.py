@@ -21,7 +21,7 @@ from arvideo_dist.train.launch import (
     with_absolute_paths,
 )
 from arvideo_dist.train.lease import LeaseLostError, acquire
-from arvideo_dist.train.stop import RunInterruptedError, RunStoppedError
+from arvideo_dist.train.stop import CrashLoopError, RunInterruptedError, RunStoppedError
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -44,7 +44,7 @@ def main(argv: list[str] | None = None) -> None:
             finished = launch(config, derived, lease)
     except ValueError as error:
         exit_with(error, 2)
-    except (RunStoppedError, LeaseLostError) as error:
+    except (RunStoppedError, CrashLoopError, LeaseLostError) as error:
         exit_with(error, 1)
     except RunInterruptedError as error:
         exit_with(error, os.EX_TEMPFAIL)

@@ -41,7 +41,7 @@ from arvideo_dist.data.transforms import (
     sample_segments,
     sample_window,
 )
-from arvideo_dist.data.workers import DecodePool, watched
+from arvideo_dist.data.workers import DecodePool, reading, watched
 from arvideo_dist.storage import Storage
 
 TokenSequence = Callable[[np.random.Generator], tuple[NDArray[np.int64], NDArray[np.int64]]]
@@ -209,7 +209,9 @@ class ClipSamples:
         fetches = read_ahead([(self.readers[visit.located.source], visit.row) for visit in visits])
         for visit, fetch in zip(visits, fetches, strict=True):
             try:
-                self._fill(clips if planes is None else planes, visit, fetch())
+                with reading(visit.clips[0].place):
+                    video = fetch()
+                self._fill(clips if planes is None else planes, visit, video)
                 weights[[clip.slot for clip in visit.clips]] = 1
             except BadSample as error:
                 shard = self._shard_name(visit.located, visit.row)
@@ -381,10 +383,11 @@ class ClipLoader:
         self.position, self.stop_position = position, stop_position
         self.global_batch, self.micro_batch = global_batch, micro_batch
         self.rank, self.world_size, self.workers = rank, world_size, workers
+        self._pool: DecodePool[Batch] | None = None
 
     def __iter__(self) -> Iterator[list[Batch]]:
         steps = accumulation_steps(self.global_batch, self.micro_batch, self.world_size)
-        pool = DecodePool[Batch](
+        self._pool = pool = DecodePool[Batch](
             self.samples,
             self.workers,
             self.samples.options.pin_memory,
@@ -396,6 +399,15 @@ class ClipLoader:
                 yield step
         finally:
             batches.close()
+
+    def busy_with(self) -> str:
+        """The sample that each decode worker is at, for a person who asks why a batch does not come."""
+        lines = []
+        for worker, doing, place in [] if self._pool is None else self._pool.at():
+            (located,) = self.samples.order.locate([place])
+            row = self.samples.indexes[located.source][located.row]
+            lines.append(f"decode worker {worker} {doing} place {place} ({row.shard}, {row.key})")
+        return ", ".join(lines)
 
     def _places(self) -> Iterator[list[int]]:
         position = self.position

@@ -26,6 +26,7 @@ from typing import Any, Generic, Protocol, TypeVar
 import torch
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
+from arvideo_dist import stacks
 from arvideo_dist.data.shared import Parcel, SlotFile, filling
 
 log = logging.getLogger(__name__)
@@ -37,7 +38,7 @@ _STRIKES = 2  # deaths on one place that make it a bad sample
 _STARTS_WITHOUT_RESULT = 8
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 
-_IDLE = -1  # no place is being decoded
+_IDLE = -1  # no place is being decoded, or read
 
 BatchT = TypeVar("BatchT")
 BatchT_co = TypeVar("BatchT_co", covariant=True)
@@ -64,6 +65,16 @@ class DecodePool(Generic[BatchT]):
         """`slot_bytes`: what the tensors of a batch from `shared_empty` take; 0 where there are none."""
         self.samples, self.workers, self.pin_memory = samples, workers, pin_memory
         self.slot_bytes = slot_bytes
+        self._at = torch.empty(2, 0)
+
+    def at(self) -> list[tuple[int, str, int]]:
+        """Where each worker is that reads or decodes a sample: (its number, "reads" or "decodes", place)."""
+        decoded, read = self._at.tolist()
+        return [
+            (number, "reads", int(read[number])) if place == _IDLE else (number, "decodes", int(place))
+            for number, place in enumerate(decoded)
+            if place != _IDLE or read[number] != _IDLE
+        ]
 
     def run(self, requests: Iterator[list[int]]) -> Generator[BatchT]:
         """Yields the batch of each request. Raises what `samples` raises, and DecodeWorkersError."""
@@ -75,11 +86,12 @@ class DecodePool(Generic[BatchT]):
         strikes: Counter[int] = Counter()
         starts = 0
         while True:
-            progress = torch.full((self.workers,), _IDLE).share_memory_()
+            self._at = torch.full((2, self.workers), _IDLE).share_memory_()
+            progress = self._at[0]
             context = _WorkerContext()
             slots = SlotFile(self.slot_bytes) if self.slot_bytes else None
             numbered = _numbered(_recorded(requests, undelivered), slots)
-            dataset = _InWorker(self.samples, progress, slots)
+            dataset = _InWorker(self.samples, self._at, slots)
             batches = iter(self._data_loader(context, dataset, numbered))
             try:
                 for batch in batches:
@@ -159,10 +171,9 @@ def _as_is(parcel: Any) -> Any:
 class _InWorker(Dataset[Parcel], Generic[BatchT]):
     """The samples, the table in which workers note what they are at, and where batches go."""
 
-    def __init__(
-        self, samples: PlacesToBatch[BatchT], progress: torch.Tensor, slots: SlotFile | None
-    ) -> None:
-        self.samples, self.progress, self.slots = samples, progress, slots
+    def __init__(self, samples: PlacesToBatch[BatchT], at: torch.Tensor, slots: SlotFile | None) -> None:
+        """`at`: int64 [2, workers], the places that are being decoded, and read."""
+        self.samples, self.at, self.slots = samples, at, slots
 
     def __getitem__(self, request: _Request) -> Parcel:
         number, places = request
@@ -180,7 +191,7 @@ def watched(place: int, limit_seconds: float) -> Iterator[None]:
         yield
         return
     assert isinstance(info.dataset, _InWorker)
-    progress = info.dataset.progress
+    progress = info.dataset.at[0]
     progress[info.id] = place
     faulthandler.dump_traceback_later(limit_seconds, exit=True)
     try:
@@ -190,7 +201,23 @@ def watched(place: int, limit_seconds: float) -> Iterator[None]:
         progress[info.id] = _IDLE
 
 
+@contextmanager
+def reading(place: int) -> Iterator[None]:
+    """Around the reading of one sample: notes the place, for who asks why a batch does not come."""
+    info = get_worker_info()
+    if info is None:
+        yield
+        return
+    assert isinstance(info.dataset, _InWorker)
+    info.dataset.at[1, info.id] = place
+    try:
+        yield
+    finally:
+        info.dataset.at[1, info.id] = _IDLE
+
+
 def _start_worker(worker_id: int) -> None:
+    stacks.keep_ready()
     gc.freeze()  # what was imported is not searched for garbage again and again: 0.1 s each time
     _keep_freed_memory()
     _follow_parent()

@@ -39,7 +39,7 @@ FREE = frozenset(
         *("run.name", "run.storage_path", "run.resume", "run.allow_change", "run.max_restarts"),
         "run.max_failed_saves",
         *("run.checkpoint_every_steps", "run.checkpoint_every_minutes", "run.keep_last", "run.keep_every"),
-        *("run.lease_s", "run.preemption_grace_s", "run.audit"),
+        *("run.lease_s", "run.hung_s", "run.preemption_grace_s", "run.audit"),
         *("data.val_split", "data.verify_checksums", "data.read_retries", "data.shard_cache_gib"),
         *("data.shard_cache", "data.hung_worker_s", "data.workers", "data.max_bad_fraction"),
         *("train.micro_batch", "train.zero_stage", "train.log_every_steps"),

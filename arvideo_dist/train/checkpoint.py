@@ -29,6 +29,7 @@ from safetensors import safe_open
 from arvideo_dist.data.index import FileEntry
 from arvideo_dist.storage import Storage, patiently
 from arvideo_dist.train import zero_state
+from arvideo_dist.train.activity import activity
 from arvideo_dist.train.engine import Engine
 from arvideo_dist.train.stop import RunStoppedError
 
@@ -122,6 +123,7 @@ class Checkpoint:
     def verify(self, parts: list[FileEntry] | None = None) -> None:
         """Compare size and digest of `parts` (default: all) with the manifest; raises CheckpointError."""
         for part in self.manifest.parts if parts is None else parts:
+            activity.tick()
             member = f"{self._folder}/{part.name}"
             if not self._run.exists(member):
                 raise CheckpointError(f"{self}: {part.name} is missing")
@@ -187,6 +189,7 @@ class Checkpoint:
         with tempfile.TemporaryDirectory() as scratch:
             files = {}
             for part in self.manifest.parts:
+                activity.tick()
                 member = f"{self._folder}/{part.name}"
                 local = patiently(functools.partial(self._run.local_copy, member, Path(scratch)))
                 files[part.name] = safe_open(local, framework="pt")

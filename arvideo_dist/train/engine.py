@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import math
 import os
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,6 +21,7 @@ from torch import nn
 
 from arvideo_dist.config import OptimConfig, TrainConfig
 from arvideo_dist.model.pretraining import Output
+from arvideo_dist.train.activity import activity
 
 if TYPE_CHECKING:  # the loader wants packages that a bare GPU machine does not have (benchmarks/gpu_check.py)
     from arvideo_dist.data.loader import Batch
@@ -81,6 +84,7 @@ class Engine:
         self.stage = train.zero_stage
         self.device = device
         self.world_size = dist.get_world_size()
+        self.forward_time = ForwardTime(device)  # of the last step
         self._deepspeed, *_ = deepspeed.initialize(
             model=model.to(device),
             optimizer=optimizer,
@@ -107,11 +111,14 @@ class Engine:
         """
         loss_sum = torch.zeros((), device=self.device)
         self.sample_losses = []
+        self.forward_time = ForwardTime(self.device)
         for index, host_batch in enumerate(batches):
+            activity.together(f"forward and backward of micro batch {index}")
             batch = host_batch.to(self.device)
-            loss_b = self.forward(batch).loss_b
+            with self.forward_time:
+                loss_b = self.forward(batch).loss_b
+                weighted = (loss_b * batch.weights).sum()
             self.sample_losses.append(loss_b.detach())
-            weighted = (loss_b * batch.weights).sum()
             # A square that overflows to Inf can have a finite gradient. The gate makes it NaN without asking the
             # device, so that the check of the gradients, which asks it anyway, finds every loss that is not finite.
             gate = torch.where(weighted.detach().isfinite(), 1.0, torch.nan)
@@ -130,6 +137,7 @@ class Engine:
         """
         for group in self.zero_optimizer.param_groups:
             group["lr"] = learning_rate
+        activity.together("optimiser step")
         if self.stage == 0:
             return self._apply_plain()
         self._deepspeed.step()
@@ -168,6 +176,35 @@ class Engine:
 
     def set_training(self, training: bool) -> None:
         self._deepspeed.train(training)
+
+
+class ForwardTime:
+    """Seconds of forward passes. On a GPU by its own clock, which waits for nothing while they run."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._cuda = device.type == "cuda"
+        self._began, self._host_s = 0.0, 0.0
+        self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+
+    def __enter__(self) -> None:
+        if self._cuda:
+            pair = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            pair[0].record()
+            self._events.append(pair)
+        else:
+            self._began = time.perf_counter()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._cuda:
+            self._events[-1][1].record()
+        else:
+            self._host_s += time.perf_counter() - self._began
+
+    def seconds(self) -> float:
+        """To be called once the device is past them: where a result of the step has been read."""
+        return self._host_s + sum(begin.elapsed_time(end) for begin, end in self._events) / 1000
 
 
 def _deepspeed_config(

@@ -7,6 +7,7 @@ import datetime
 import json
 import math
 import os
+import time
 import warnings
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -19,14 +20,15 @@ from arvideo_dist.data.index import load_manifest
 from arvideo_dist.derived import Derived, derive
 from arvideo_dist.storage import Storage, patiently
 from arvideo_dist.train import changes
+from arvideo_dist.train.activity import activity
 from arvideo_dist.train.checkpoint import FOLDER, Checkpoint, CheckpointError, complete_checkpoints
 from arvideo_dist.train.data import clips_per_epoch, training_sources
 from arvideo_dist.train.engine import resolve_precision
+from arvideo_dist.train.heartbeat import Heartbeat
 from arvideo_dist.train.lease import Lease
+from arvideo_dist.train.monitor import HangWatch
 from arvideo_dist.train.preemption import stop_on_sigterm, wait_until_gone
-from arvideo_dist.train.stop import Interruption, RunInterruptedError, RunStoppedError, Stopped
-
-_COLLECTIVE_TIMEOUT_S = 1800
+from arvideo_dist.train.stop import RESULT, Interruption, RunInterruptedError, RunStoppedError, Stopped
 
 
 @dataclass(frozen=True)
@@ -121,11 +123,10 @@ def launch(config: RunConfig, derived: Derived, lease: Lease) -> Finished:
     """Run the training on Ray under `lease` and return when it has ended.
 
     Raises RunStoppedError where the run stopped itself, RunInterruptedError where SIGTERM asked it to end,
-    LeaseLostError where another driver took the run, else what Ray Train raises after its restarts.
+    LeaseLostError where another driver took the run, CrashLoopError where workers are lost again and again.
     """
     from arvideo_dist import tracking  # MLflow and Ray take seconds to import: only after all checks
     from arvideo_dist.train import outbox
-    from arvideo_dist.train.loop import RESULT
 
     run = lease.guard.storage()
     run_id = tracking.open_run(config, asdict(derived), run)
@@ -145,7 +146,7 @@ def launch(config: RunConfig, derived: Derived, lease: Lease) -> Finished:
     return Finished(
         metrics=result,
         run_folder=run.uri,
-        checkpoint=f"{run.uri}/{FOLDER}/{_newest(run)[0]}",
+        checkpoint=f"{run.uri}/{FOLDER}/{_newest(run)}",
         mlflow_run_id=run_id,
     )
 
@@ -153,28 +154,32 @@ def launch(config: RunConfig, derived: Derived, lease: Lease) -> Finished:
 def _fit(config: RunConfig, derived: Derived, uri: str, run_id: str, lease: Lease) -> None:
     """One set of workers after another until the run has ended.
 
-    Ray Train restarts lost workers by itself, `run.max_restarts` times. Where the run has advanced by a
-    checkpoint since, that count begins anew: over weeks any number of machines may be lost.
+    Ray Train restarts workers only where nodes come or leave with a notice. What is lost otherwise starts again
+    here, since only a checkpoint tells progress from a crash loop: over weeks any number of machines may be lost.
     """
     import ray.train
 
+    from arvideo_dist.tracking import tracker_of
+    from arvideo_dist.train.restarts import Restarts, cause_of
+
     api: Any = ray.train
     run = run_folder(config)
+    restarts = Restarts(config.run.max_restarts, run.uri)
     _connect(config)
     try:
-        with stop_on_sigterm(lease, config.run.preemption_grace_s):
+        with (
+            stop_on_sigterm(lease, config.run.preemption_grace_s),
+            HangWatch(config.run.hung_s, lease.guard, lambda *tag: tracker_of(run).tag(*tag)) as hangs,
+        ):
             while True:
-                before = _newest(run)
                 try:
-                    interruption = _fit_once(config, derived, uri, run_id, lease)
-                except api.WorkerGroupError as error:
+                    interruption = _fit_once(config, derived, uri, run_id, lease, hangs.monitor)
+                except (api.TrainingFailedError, ray.exceptions.RayActorError) as error:
                     patiently(lease.guard.check)
-                    if _newest(run) == before:
-                        raise
-                    print(
-                        f"workers were lost, but the run has advanced, so they start again: {error}",
-                        flush=True,
-                    )
+                    cause = hangs.take_reason() or cause_of(error)
+                    line, pause = restarts.lost(cause, _newest(run))
+                    print(line, flush=True)
+                    time.sleep(pause)
                     continue
                 if interruption is None:
                     return
@@ -193,13 +198,14 @@ def _fit(config: RunConfig, derived: Derived, uri: str, run_id: str, lease: Leas
         ray.shutdown()
 
 
-def _newest(run: Storage) -> list[str]:
-    """The name of the newest complete checkpoint, or nothing."""
-    return patiently(lambda: complete_checkpoints(run))[-1:]
+def _newest(run: Storage) -> str | None:
+    """The name of the newest complete checkpoint."""
+    found = patiently(lambda: complete_checkpoints(run))
+    return found[-1] if found else None
 
 
 def _fit_once(
-    config: RunConfig, derived: Derived, uri: str, run_id: str, lease: Lease
+    config: RunConfig, derived: Derived, uri: str, run_id: str, lease: Lease, monitor: Any
 ) -> Interruption | None:
     import ray.train
     from ray.train.torch import TorchConfig, TorchTrainer
@@ -215,6 +221,7 @@ def _fit_once(
             "tracking_uri": uri,
             "mlflow_run_id": run_id,
             "lease": lease.guard,
+            "monitor": monitor,
         },
         scaling_config=api.ScalingConfig(
             num_workers=config.cluster.workers,
@@ -225,13 +232,15 @@ def _fit_once(
                 **({"GPU": 1} if use_gpu else {}),
             },
         ),
-        torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo", timeout_s=_COLLECTIVE_TIMEOUT_S),
+        torch_config=TorchConfig(
+            backend="nccl" if use_gpu else "gloo", timeout_s=_collective_timeout_s(config)
+        ),
         run_config=api.RunConfig(
             # Ray's own bookkeeping; what a restart continues from are the run's checkpoints alone.
             name=datetime.datetime.now(datetime.UTC).strftime("attempt-%Y%m%dT%H%M%S"),
             storage_path=run_folder(config).child("ray").uri,
-            # Nodes lost after a preemption notice are not counted by max_failures (Ray's default).
-            failure_config=api.FailureConfig(max_failures=config.run.max_restarts),
+            # Of lost workers `_fit` decides; nodes lost after a preemption notice are not counted (Ray's default).
+            failure_config=api.FailureConfig(max_failures=0),
         ),
     )
     result = trainer.fit().return_value
@@ -250,6 +259,9 @@ def _connect(config: RunConfig) -> None:
     # that has just been lost is counted for up to 20 s, so with a range a long wait would be wasted.
     fixed = config.cluster.min_workers == config.cluster.max_workers
     os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "300" if fixed else "30")
+    # The second line of defence behind the run's own monitor: a worker that does not answer, and Ray's collectives.
+    os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = str(_collective_timeout_s(config))
+    os.environ["RAY_TRAIN_COLLECTIVE_TIMEOUT_S"] = str(_collective_timeout_s(config))
     address = config.cluster.address or ("auto" if _inside_ray_job() else os.environ.get("RAY_ADDRESS"))
     if address is not None:
         ray.init(address=address)
@@ -257,6 +269,11 @@ def _connect(config: RunConfig) -> None:
     # All on this machine: as many slots as asked for, so that a small machine queues nothing for ever.
     slots = max(os.cpu_count() or 1, config.cluster.max_workers * config.cluster.cpus_per_worker)
     ray.init(address="local", num_cpus=slots)
+
+
+def _collective_timeout_s(config: RunConfig) -> int:
+    """When torch gives a collective up: later than the monitor, which knows who is to blame."""
+    return math.ceil(2 * config.run.hung_s + 60)
 
 
 def _use_gpu(config: RunConfig, resources: dict[str, float]) -> bool:
@@ -281,9 +298,24 @@ def _say_if_too_small(config: RunConfig, resources: dict[str, float], use_gpu: b
 def _worker(payload: dict[str, Any]) -> Interruption | Stopped | None:
     """Runs in every Ray Train worker, with the process group up; the driver gets what rank 0 returns."""
     import torch.distributed as dist
+
+    config, guard = RunConfig.model_validate(payload["config"]), payload["lease"]
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    if rank == 0:
+        print(f"{world_size} workers have started", flush=True)
+    with Heartbeat(payload["monitor"], guard.storage(), rank, world_size, config.run.hung_s):
+        try:
+            return _train(config, payload)
+        except RunStoppedError as error:  # returning is what keeps the driver from a restart
+            return Stopped(str(error))
+
+
+def _train(config: RunConfig, payload: dict[str, Any]) -> Interruption | None:
+    import torch.distributed as dist
     from ray.train import get_preemption_info
     from ray.train.torch import get_device
 
+    activity.alone("imports libraries")
     from arvideo_dist.tracking import Tracker
     from arvideo_dist.train.loop import Task, train
     from arvideo_dist.train.outbox import QueuedTracker
@@ -293,9 +325,11 @@ def _worker(payload: dict[str, Any]) -> Interruption | Stopped | None:
         "ignore", category=FutureWarning, module=r"torch\.distributed"
     )  # DeepSpeed's calls
     device = get_device() if torch.cuda.is_available() else torch.device("cpu")
-    control = dist.new_group(backend="gloo")
+    activity.together("connects to the other ranks")
+    timeout = datetime.timedelta(seconds=_collective_timeout_s(config))
+    control = dist.new_group(backend="gloo", timeout=timeout)
     task = Task(
-        config=RunConfig.model_validate(payload["config"]),
+        config=config,
         derived=Derived(**payload["derived"]),
         tracking_uri=payload["tracking_uri"],
         mlflow_run_id=payload["mlflow_run_id"],
@@ -305,12 +339,8 @@ def _worker(payload: dict[str, Any]) -> Interruption | Stopped | None:
     if dist.get_rank() == 0:
         to_mlflow = Tracker(task.tracking_uri, task.mlflow_run_id, task.lease.check)
         tracker = QueuedTracker(to_mlflow, task.lease.storage())
-    try:
-        with tracker:
-            watch = Watch(task.lease, control, get_preemption_info)
-            return train(task, device, control, watch, tracker if dist.get_rank() == 0 else None)
-    except RunStoppedError as error:  # returning is what keeps Ray Train from a restart
-        return Stopped(str(error))
+    with tracker as queue:
+        return train(task, device, control, Watch(task.lease, control, get_preemption_info), queue)
 
 
 def _inside_ray_job() -> bool:

@@ -28,6 +28,7 @@ from arvideo_dist.picture import png
 from arvideo_dist.storage import patiently
 from arvideo_dist.train import changes
 from arvideo_dist.train import checkpoint as checkpoints
+from arvideo_dist.train.activity import activity
 from arvideo_dist.train.agreement import agree
 from arvideo_dist.train.audit import Audit
 from arvideo_dist.train.bad_samples import ARTIFACT, BadSamples
@@ -38,15 +39,13 @@ from arvideo_dist.train.deferred import DeferredWrites
 from arvideo_dist.train.engine import Engine, resolve_precision
 from arvideo_dist.train.lease import Guard
 from arvideo_dist.train.outbox import QueuedTracker
-from arvideo_dist.train.progress import Meter, progress_line
+from arvideo_dist.train.progress import Meter, Stragglers, progress_line
 from arvideo_dist.train.saver import Saver
 from arvideo_dist.train.schedule import learning_rate
 from arvideo_dist.train.spikes import Spikes, spike_line
-from arvideo_dist.train.stop import Interruption, RunStoppedError
+from arvideo_dist.train.stop import RESULT, Interruption, RunStoppedError
 from arvideo_dist.train.validate import validate
 from arvideo_dist.train.watch import Watch
-
-RESULT = "result.json"  # in the run's folder, once the run has ended: its final metrics
 
 
 @dataclass(frozen=True)
@@ -79,10 +78,12 @@ def train(
     run = task.lease.storage()
     notes = DeferredWrites(run)
 
+    activity.alone("builds the model")
     torch.manual_seed(config.run.seed)
     model = build_model(config.model, config.decoder)
     sequence = model.sequences.draw_sequence
     digests, precision = changes.data_digests(config.data), resolve_precision(config.train, device)
+    activity.together("verifies and reads the checkpoint")
     start = checkpoints.open_newest_whole(run, control)
     origin = "random weights"
     if start is not None:
@@ -94,15 +95,18 @@ def train(
             raise RunStoppedError(str(error)) from error
     elif config.model.init_from is not None:
         origin = load_initial_encoder(model.encoder, config.model.init_from)
+    activity.together("builds the engine")
     engine = Engine(model, config.train, config.optim, device, derived.accumulation_steps)
     if start is not None:
+        activity.alone("reads the optimiser's state")
         start.load_optimizer(engine)
     position = start.state["position"] if start is not None else 0
-    step = start.state["step"] if start is not None else 0
+    step = activity.step = start.state["step"] if start is not None else 0
     _say(rank, f"continues from {start}, step {step}" if start else f"starts from {origin}")
     if derived.world_size != task.derived.world_size:
         _say(rank, derived.batch_line())
 
+    activity.together("opens the data")
     pin_memory = device.type == "cuda"
     make_loader = functools.partial(
         ClipLoader,
@@ -167,6 +171,7 @@ def train(
             options=validation_options(config.data, pin_memory=pin_memory),
         )
         result = validate(engine, loader, config.model, control)
+        activity.alone("writes the validation")
         if tracker is not None and result.picture is not None:
             name, picture = f"pictures/step-{step:08d}.png", png(result.picture)
             tracker.log(step, result.metrics)
@@ -176,6 +181,7 @@ def train(
         return result.metrics
 
     def save() -> None:
+        activity.together("begins a save")
         # No random states: every draw is keyed by (seed, place), so seed and position are all there is to them.
         # The model draws nothing while it trains (tests/train/test_saver.py).
         state: dict[str, Any] = {
@@ -195,14 +201,17 @@ def train(
 
     batches = iter(train_loader)
     meter = Meter(device, control)
+    stragglers = Stragglers()
     metrics: dict[str, float] = {}
     validated_at, saved_at, bad_logged = -1, step, 0
     save_owed = False
     interruption: Interruption | None = None
     while step < total_steps and interruption is None:
+        activity.alone("waits for batches", train_loader.busy_with)
         began = time.perf_counter()
         micro_batches = next(batches)
         meter.waited(time.perf_counter() - began)
+        activity.together("agrees on the step with the other ranks")
         facts = agree(micro_batches, control, save_due=saver.due_by_time(), look=watch.due())
         try:
             if facts.look and (interruption := watch.look(step)) is not None:
@@ -221,10 +230,12 @@ def train(
             final=derived.min_lr,
         )
         loss_sum = engine.accumulate(micro_batches, facts.total_weight)
+        meter.forward(engine.forward_time)
         saver.before_update()
         update = engine.apply(rate)
         position += global_batch
         step += 1
+        activity.step = step
         if update.applied:
             bad_steps.good()
             if audit is not None:
@@ -241,6 +252,7 @@ def train(
                     audit = Audit(task.lease, weights_step, control)
 
         if step % config.train.log_every_steps == 0 or step == total_steps:
+            activity.together("joins the metrics of all ranks")
             point = meter.point(loss_sum, facts.total_weight, global_batch)
             metrics = {
                 "loss/train": point.loss,
@@ -253,11 +265,15 @@ def train(
                 "memory_gib": point.memory_gib,
                 "bad_samples": len(bad),
                 "bad_steps": len(bad_steps),
+                "step_time/max": point.slowest_s,
+                "step_time/median": point.median_s,
+                "slowest_rank": point.slowest_rank,
             }
             # Of a bad step there is a gap: MLflow would make 1.8e308 of Inf, and the curve a line.
             metrics = {name: value for name, value in metrics.items() if math.isfinite(value)}
             found = spikes.look(metrics)
             metrics |= found
+            activity.alone("writes metrics")
             if tracker is not None:
                 tracker.log(step, metrics)
                 if len(bad) > bad_logged:
@@ -266,6 +282,8 @@ def train(
             _say(rank, progress_line(step, total_steps, rate, point, global_batch))
             if found:
                 _say(rank, spike_line(step, found))
+            if (straggler := stragglers.line(point)) is not None:
+                _say(rank, f"step {step}  {straggler}")
         if step % config.validation.every_steps == 0 or step == total_steps:
             metrics |= validation()
             validated_at = step

@@ -38,6 +38,7 @@ from arvideo_dist.config import RunConfigSection
 from arvideo_dist.data.index import FileEntry
 from arvideo_dist.storage import Storage
 from arvideo_dist.train import zero_state
+from arvideo_dist.train.activity import activity
 from arvideo_dist.train.checkpoint import (
     FOLDER,
     KINDS,
@@ -152,6 +153,7 @@ class Saver:
     def before_update(self) -> None:
         """Call it before the weights change: holds back until a save that has begun has its copy."""
         if self._thread is not None:
+            activity.alone("waits for the copy of the state that is being saved")
             self._snapshot.hold()
 
     def finish(self, again: Callable[[], None] | None = None) -> None:
@@ -173,6 +175,7 @@ class Saver:
     def _outcome(self) -> CheckpointError | None:
         """What became of the save in flight, once it has ended. Raises what must stop the run."""
         if self._thread is not None:
+            activity.together("waits for the save in flight")
             self._thread.join()
             self._thread = None
         failure, self._failure = self._failure, None
@@ -361,6 +364,7 @@ class _Snapshot:
         yield self._header
         content = self._values.view(torch.uint8).numpy()
         for begin in range(0, len(content), _CHUNK_BYTES):
+            activity.tick()  # a slow store is no hang while it takes pieces
             yield content[begin : begin + _CHUNK_BYTES].data
 
 

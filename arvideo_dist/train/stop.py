@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+RESULT = "result.json"  # in the run's folder, once the run has ended: its final metrics, or why it stopped
+
 
 class RunStoppedError(RuntimeError):
     """The run cannot go on, and a restart would meet the same; raised on all ranks together.
@@ -17,6 +19,10 @@ class Stopped:
     """What a worker leaves to the driver where it raised RunStoppedError."""
 
     reason: str
+
+
+class CrashLoopError(RuntimeError):
+    """Workers were lost again and again without a new checkpoint; raised by the driver."""
 
 
 class RunInterruptedError(RuntimeError):

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from arvideo_dist.config import ModelConfig
 from arvideo_dist.data.loader import Batch
 from arvideo_dist.picture import reconstruction
+from arvideo_dist.train.activity import activity
 from arvideo_dist.train.engine import Engine
 
 PICTURED_CLIPS = 3
@@ -35,8 +36,11 @@ def validate(
     engine.set_training(False)
     sums: torch.Tensor | None = None
     picture = None
+    activity.together("validates, batch 0")
     with torch.no_grad():
-        for batch in (host_batch.to(engine.device) for step in steps for host_batch in step):
+        hosts = (host_batch for step in steps for host_batch in step)
+        for number, host_batch in enumerate(hosts, start=1):
+            batch = host_batch.to(engine.device)
             output = engine.forward(batch)
             partners, paired = _partners(batch.weights)
             other = engine.forward(batch, context_clips=batch.clips[partners])
@@ -51,7 +55,9 @@ def validate(
                     output.predictions_bmp[shown],
                     model,
                 )
+            activity.together(f"validates, batch {number}")  # ZeRO-3 gathers weights for each
     engine.set_training(True)
+    activity.together("joins the validation of all ranks")
     assert sums is not None, "the validation loader gives every rank at least one batch"
     dist.all_reduce(sums, group=control)
     loss, weight, other_loss, pairs, targets = sums[:5].tolist()

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from arvideo_dist.data.decode import decode_rgb
 from arvideo_dist.data.workers import watched
 
 
@@ -47,6 +48,21 @@ def hang_with_the_lock_held() -> None:
 
 def hang_in_a_library() -> None:
     ctypes.CDLL(None).sleep(600)
+
+
+class WaitingDecoder:
+    """Says through a pipe that it has begun, and decodes once another pipe is closed."""
+
+    def __init__(self, folder: Path) -> None:
+        self.begun, self.go_on = folder / "begun", folder / "go-on"
+        os.mkfifo(self.begun)
+        os.mkfifo(self.go_on)
+
+    def __call__(self, video: bytes, frames: np.ndarray) -> list[np.ndarray]:
+        if self.begun.exists():
+            self.begun.write_text("decodes")
+            self.go_on.read_text()
+        return decode_rgb(video, frames)
 
 
 class AlwaysDead:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import psutil
@@ -12,7 +13,14 @@ from arvideo_dist.data import workers as workers_module
 from arvideo_dist.data.workers import DecodePool, DecodeWorkersError
 from arvideo_dist.storage import Storage
 from tests.data.conftest import FRAMES, encode
-from tests.data.in_workers import Accidents, AlwaysDead, hang_in_a_library, hang_with_the_lock_held, kill_self
+from tests.data.in_workers import (
+    Accidents,
+    AlwaysDead,
+    WaitingDecoder,
+    hang_in_a_library,
+    hang_with_the_lock_held,
+    kill_self,
+)
 from tests.data.test_loader import batches, make_loader, seen  # noqa: F401  # make_loader is a fixture
 
 
@@ -40,6 +48,27 @@ def test_a_worker_that_dies_or_hangs_is_replaced_and_its_positions_are_read_agai
     assert len(list(tmp_path.iterdir())) == 1
     psutil.wait_procs(children(), timeout=20)
     assert not children()
+
+
+def test_the_sample_that_a_worker_is_at_is_named_while_a_batch_is_waited_for(
+    dataset: Storage,
+    make_loader: Callable,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    loader = make_loader(dataset, workers=1, stop_position=2, global_batch=2, micro_batch=2)
+    assert loader.busy_with() == ""
+    loader.samples.decode_rgb = decoder = WaitingDecoder(tmp_path)
+    with ThreadPoolExecutor(1) as thread:
+        waiting = thread.submit(lambda: list(batches(loader)))
+        assert decoder.begun.read_text() == "decodes"
+        (located,) = loader.samples.order.locate([0])
+        row = loader.samples.indexes[0][located.row]
+        assert loader.busy_with() == f"decode worker 0 decodes place 0 ({row.shard}, {row.key})"
+        decoder.begun.unlink()
+        decoder.go_on.write_text("")
+        (batch,) = waiting.result(60)
+    assert batch.weights.tolist() == [1, 1]
+    assert loader.busy_with() == ""
 
 
 def test_a_sample_that_kills_two_workers_is_bad_and_the_rest_goes_on(tmp_path: Path) -> None:

@@ -87,13 +87,18 @@ class PretrainProcess:
 
     def kill_worker(self) -> None:
         """SIGKILL one training worker."""
+        self.signal_worker(signal.SIGKILL)
+
+    def signal_worker(self, number: signal.Signals) -> int:
+        """Send it to one training worker; its PID."""
         workers = [
             child
             for child in psutil.Process(self._process.pid).children(recursive=True)
             if "RayTrainWorker" in " ".join(child.cmdline())
         ]
         assert workers, "a training worker is running"
-        workers[-1].send_signal(signal.SIGKILL)
+        workers[-1].send_signal(number)
+        return workers[-1].pid
 
     def finish(self) -> int:
         """Read to the end; the exit code."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
 import pytest
@@ -12,21 +13,42 @@ from arvideo_dist.derived import derive
 from arvideo_dist.train import launch
 from arvideo_dist.train.checkpoint import FOLDER, MANIFEST
 from arvideo_dist.train.lease import acquire
+from arvideo_dist.train.stop import CrashLoopError
+
+
+class _NoWatch(contextlib.nullcontext):
+    """No hangs: the monitor is an actor, and these workers are made up."""
+
+    monitor = None
+
+    def __init__(self, *_: object) -> None:
+        super().__init__(self)
+
+    def take_reason(self) -> None:
+        return None
 
 
 def test_lost_workers_are_forgiven_as_long_as_the_run_advances_between_them(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    config = RunConfig.model_validate({"run": {"name": "run", "storage_path": str(tmp_path)}})
+    config = RunConfig.model_validate(
+        {"run": {"name": "run", "storage_path": str(tmp_path), "max_restarts": 1}}
+    )
     run = launch.run_folder(config)
-    steps = iter([100, 200, 300, 300, 400])  # newest checkpoint when the workers of each attempt were lost
+    steps = iter([100, 200, 300, 400, 400, 500])  # newest checkpoint when each set of workers was lost
 
     def lose_workers(*_: object) -> None:
         run.write_bytes(f"{FOLDER}/step-{next(steps):08d}/{MANIFEST}", b"{}")
-        raise ray.train.WorkerGroupError("lost", worker_failures={0: RuntimeError("lost")})
+        raise ray.train.WorkerGroupError("lost", worker_failures={1: RuntimeError("lost")})
 
     monkeypatch.setattr(launch, "_connect", lambda config: None)
+    monkeypatch.setattr(launch, "HangWatch", _NoWatch)
     monkeypatch.setattr(launch, "_fit_once", lose_workers)
-    with acquire(run, lease_s=600) as lease, pytest.raises(ray.train.WorkerGroupError):
+    with (
+        acquire(run, lease_s=600) as lease,
+        pytest.raises(CrashLoopError, match="2 times since checkpoint step-00000400"),
+    ):
         launch._fit(config, derive(config, samples=None), "uri", "id", lease)
-    assert next(steps) == 400
+    assert next(steps) == 500
+    said = capsys.readouterr().out
+    assert said.count("workers were lost: rank 1: RuntimeError: lost\nrestart 1 of 1") == 4
