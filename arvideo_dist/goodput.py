@@ -96,7 +96,9 @@ def best_interval(costs: Costs, mtbf_s: float) -> int:
     """Steps between saves at which the most time is effective."""
     _check(1, mtbf_s)
     if math.isinf(mtbf_s):
-        raise ValueError("without failures every save is a loss: there is no best interval; give a finite mtbf_s")
+        raise ValueError(
+            "without failures every save is a loss: there is no best interval; give a finite mtbf_s"
+        )
     # No longer than a few times Young's, nor than the time between failures.
     longest_s = max(10 * young(costs.save_extra_s, mtbf_s), 2 * costs.save_visible_s, costs.step_s)
     intervals = np.arange(1, math.ceil(min(longest_s, 10 * mtbf_s) / costs.step_s) + 1)

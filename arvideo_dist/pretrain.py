@@ -37,6 +37,7 @@ def main(argv: list[str] | None = None) -> None:
             print(json.dumps(asdict(derived)))
             return
         config = with_absolute_paths(config)
+        _check_start(config)
         derived = derive_checked(config)
         with acquire(run_folder(config), config.run.lease_s) as lease:
             check_resume(config)
@@ -49,6 +50,12 @@ def main(argv: list[str] | None = None) -> None:
     except RunInterruptedError as error:
         exit_with(error, os.EX_TEMPFAIL)
     _print_end(config, finished)
+
+
+def _check_start(config: RunConfig) -> None:
+    from arvideo_dist.checks.start import check_driver  # imports MLflow, which takes seconds
+
+    check_driver(config)
 
 
 def _print_start(config: RunConfig, derived: Derived) -> None:

@@ -160,7 +160,7 @@ def _fit(config: RunConfig, derived: Derived, uri: str, run_id: str, lease: Leas
 
     api: Any = ray.train
     run = run_folder(config)
-    _connect(config)
+    connect(config)
     try:
         with stop_on_sigterm(lease, config.run.preemption_grace_s):
             while True:
@@ -199,7 +199,7 @@ def _fit_once(
     from ray.train.torch import TorchConfig, TorchTrainer
 
     api: Any = ray.train  # Ray Train V2; what a type checker sees there is V1
-    use_gpu = _use_gpu(config, ray.cluster_resources())
+    use_gpu = use_gpu_of(config, ray.cluster_resources())
     _say_if_too_small(config, ray.cluster_resources(), use_gpu)
     trainer: Any = TorchTrainer(
         _worker,  # type: ignore[arg-type]
@@ -231,7 +231,7 @@ def _fit_once(
     return trainer.fit().return_value
 
 
-def _connect(config: RunConfig) -> None:
+def connect(config: RunConfig) -> None:
     """Join the named or surrounding cluster, or start Ray on this machine."""
     import ray
 
@@ -250,7 +250,8 @@ def _connect(config: RunConfig) -> None:
     ray.init(address="local", num_cpus=slots)
 
 
-def _use_gpu(config: RunConfig, resources: dict[str, float]) -> bool:
+def use_gpu_of(config: RunConfig, resources: dict[str, float]) -> bool:
+    """Whether the workers train on GPUs; `resources`: the cluster's (`ray.cluster_resources`)."""
     if config.cluster.device != "auto":
         return config.cluster.device == "cuda"
     return resources.get("GPU", 0) > 0
@@ -275,6 +276,7 @@ def _worker(payload: dict[str, Any]) -> Interruption | None:
     from ray.train import get_preemption_info
     from ray.train.torch import get_device
 
+    from arvideo_dist.checks.start import check_workers_start
     from arvideo_dist.train.loop import RESULT, Task, train
     from arvideo_dist.train.watch import Watch
 
@@ -291,7 +293,9 @@ def _worker(payload: dict[str, Any]) -> Interruption | None:
         lease=payload["lease"],
     )
     try:
-        return train(task, device, control, Watch(task.lease, control, get_preemption_info))
+        watch = Watch(task.lease, control, get_preemption_info)
+        check_workers_start(task.config, task.derived, task.lease, control)
+        return train(task, device, control, watch)
     except RunStoppedError as error:  # returning is what keeps Ray Train from a restart
         if dist.get_rank() == 0:
             with contextlib.suppress(LeaseLostError):  # where that is why, the driver finds it out itself
