@@ -226,8 +226,8 @@ def _check_server(uri: str) -> Finding:
             return error(message, passing=True)
         if isinstance(cause, requests.exceptions.ConnectionError):
             return error(
-                "cannot be reached: check tracking.uri, that the server runs (in Kubernetes: kubectl -n arvideo get "
-                "pods -l app.kubernetes.io/name=mlflow) and that network policies let this machine through",
+                "cannot be reached: check tracking.uri, that the server runs (in Kubernetes: kubectl -n arvideo "
+                "get pods -l app.kubernetes.io/name=mlflow) and that network policies let this machine through",
                 passing=True,
             )
         return error(f"cannot be asked ({failure}): check tracking.uri")
