@@ -8,6 +8,7 @@ import os
 import sys
 from dataclasses import asdict
 
+from arvideo_dist.checks.start import check_driver
 from arvideo_dist.config import RunConfig
 from arvideo_dist.derived import Derived, derive
 from arvideo_dist.settings import exit_with, read_config
@@ -37,7 +38,7 @@ def main(argv: list[str] | None = None) -> None:
             print(json.dumps(asdict(derived)))
             return
         config = with_absolute_paths(config)
-        _check_start(config)
+        check_driver(config)
         derived = derive_checked(config)
         with acquire(run_folder(config), config.run.lease_s) as lease:
             check_resume(config)
@@ -50,12 +51,6 @@ def main(argv: list[str] | None = None) -> None:
     except RunInterruptedError as error:
         exit_with(error, os.EX_TEMPFAIL)
     _print_end(config, finished)
-
-
-def _check_start(config: RunConfig) -> None:
-    from arvideo_dist.checks.start import check_driver  # imports MLflow, which takes seconds
-
-    check_driver(config)
 
 
 def _print_start(config: RunConfig, derived: Derived) -> None:

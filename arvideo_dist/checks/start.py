@@ -18,7 +18,6 @@ from arvideo_dist.checks.stores import check_data, check_mlflow, check_shared, c
 from arvideo_dist.config import RunConfig
 from arvideo_dist.derived import Derived
 from arvideo_dist.storage import Storage
-from arvideo_dist.tracking import RUN_FILE, tracking_uri
 from arvideo_dist.train import lease
 from arvideo_dist.train.checkpoint import complete_checkpoints
 from arvideo_dist.train.lease import Guard
@@ -31,20 +30,23 @@ _LOCAL = {"device", "/dev/shm", "disk"}  # what may stop a run that has begun: a
 
 
 def check_driver(config: RunConfig) -> None:
-    """Storage, data set and tracking server from here; ValueError lists all that is to be mended.
+    """Data set, storage and tracking server from here; ValueError says what is to be mended.
 
-    A fault that may pass is tried again for some seconds. Without its tracking server a run that has one already
-    goes on.
+    In this order: nothing is written for a run whose data set is not there. A fault that may pass is tried again
+    for some seconds. Without its tracking server a run that has one already goes on.
     """
-    findings = retried(lambda: [check_storage(config, _STORAGE_BYTES)], _say)
-    findings += retried(lambda: check_data(config), _say)
-    if not errors(findings):
-        begun = Storage(config.run.storage_path).child(config.run.name).exists(RUN_FILE)
-        uri = tracking_uri(config)
-        if begun:
-            findings.append(check_mlflow(uri).softened())
-        else:
-            findings += retried(lambda: [check_mlflow(uri)], _say)
+    _stop_at_errors(retried(lambda: check_data(config), _say))
+    _stop_at_errors(retried(lambda: [check_storage(config, _STORAGE_BYTES)], _say))
+    from arvideo_dist.tracking import RUN_FILE, tracking_uri  # imports MLflow, which takes seconds
+
+    uri = tracking_uri(config)
+    if Storage(config.run.storage_path).child(config.run.name).exists(RUN_FILE):
+        _stop_at_errors([check_mlflow(uri).softened()])
+    else:
+        _stop_at_errors(retried(lambda: [check_mlflow(uri)], _say))
+
+
+def _stop_at_errors(findings: Sequence[Finding]) -> None:
     _say_warnings(findings)
     if found := errors(findings):
         raise ValueError(_listed("the run cannot start", found))

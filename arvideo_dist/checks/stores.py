@@ -219,7 +219,8 @@ def _check_server(uri: str) -> Finding:
         )
     except MlflowException as failure:  # wraps what requests raised
         cause = failure.__cause__ or failure.__context__
-        if isinstance(cause, requests.exceptions.Timeout):
+        # An answer that does not come arrives as a ConnectionError that says so.
+        if isinstance(cause, requests.exceptions.Timeout) or "timed out" in str(cause):
             message = (
                 f"does not answer within {_HTTP_TIMEOUT_S:g} s: check tracking.uri, and the server's load"
             )

@@ -49,10 +49,18 @@ def test_driver_with_everything_in_place_says_nothing(
     assert capsys.readouterr().out == ""
 
 
-def test_all_that_the_driver_misses_is_listed_at_once(folder: Path) -> None:
+def test_missing_shard_stops_a_run_before_anything_is_written(folder: Path) -> None:
     (folder / "data" / "train-000002.tar").unlink()
+    with pytest.raises(
+        ValueError, match=r"(?s)the run cannot start; mend:\n  data: .*train-000002.tar is missing"
+    ):
+        check_driver(_config(folder))
+    assert not (folder / "runs").exists()
+
+
+def test_storage_that_cannot_be_written_stops_a_run(folder: Path) -> None:
     (folder / "runs").write_text("a file where the storage should be")
-    with pytest.raises(ValueError, match=r"(?s)cannot start; mend:\n  storage: .*\n  data: .*is missing"):
+    with pytest.raises(ValueError, match=r"mend:\n  storage: Not a directory: check run.storage_path"):
         check_driver(_config(folder))
 
 
