@@ -8,6 +8,7 @@ import os
 import sys
 from dataclasses import asdict
 
+from arvideo_dist.checks.start import check_driver
 from arvideo_dist.config import RunConfig
 from arvideo_dist.derived import Derived, derive
 from arvideo_dist.settings import exit_with, read_config
@@ -37,6 +38,7 @@ def main(argv: list[str] | None = None) -> None:
             print(json.dumps(asdict(derived)))
             return
         config = with_absolute_paths(config)
+        check_driver(config)
         derived = derive_checked(config)
         with acquire(run_folder(config), config.run.lease_s) as lease:
             check_resume(config)

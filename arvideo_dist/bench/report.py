@@ -18,7 +18,7 @@ def environment() -> dict[str, Any]:
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "commit": _commit(),
-        "cpu": _cpu(),
+        "cpu": cpu_name(),
         "cores": os.cpu_count(),
         "load_average": list(os.getloadavg()),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
@@ -51,7 +51,7 @@ def _commit() -> str | None:
     return answer.stdout.strip()
 
 
-def _cpu() -> str:
+def cpu_name() -> str:
     with open("/proc/cpuinfo") as file:
         models = [line.split(":", 1)[1].strip() for line in file if line.startswith("model name")]
     return models[0] if models else platform.processor()

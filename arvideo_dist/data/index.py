@@ -155,6 +155,11 @@ class DatasetIndex:
         return DatasetIndex, (self._arrow_file,)  # loader workers map the same file instead of copying rows
 
 
+def index_cache() -> Path:
+    """The folder of this node in which `open_index` keeps its Arrow files."""
+    return Path(tempfile.gettempdir()) / f"arvideo-index-{os.getuid()}"
+
+
 def open_index(storage: Storage, split: str, cache: Path | None = None) -> DatasetIndex:
     """Open the index of `split`, verified against the manifest.
 
@@ -163,7 +168,7 @@ def open_index(storage: Storage, split: str, cache: Path | None = None) -> Datas
     split is missing or its index is not the one that the manifest names.
     """
     manifest = load_manifest(storage, split)
-    cache = cache or Path(tempfile.gettempdir()) / f"arvideo-index-{os.getuid()}"
+    cache = cache or index_cache()
     target = cache / f"{manifest.index.sha256}.arrow"
     if not target.exists():
         cache.mkdir(parents=True, exist_ok=True, mode=0o700)

@@ -24,9 +24,9 @@ import numpy as np
 import torch
 from torch.utils.data import get_worker_info
 
-_SLOTS = 256  # more than are in flight and held by an optimiser step
+SLOTS = 256  # more than are in flight and held by an optimiser step
 _ALIGNMENT = 64
-_SMALL_BYTES = 2**20  # cheaper through the pipe than in shared memory of their own
+SMALL_BYTES = 2**20  # cheaper through the pipe than in shared memory of their own
 
 
 class SlotFile:
@@ -35,15 +35,15 @@ class SlotFile:
     def __init__(self, slot_bytes: int) -> None:
         self.slot_bytes = -(-slot_bytes // _ALIGNMENT) * _ALIGNMENT
         fd = os.memfd_create("batches")
-        os.ftruncate(fd, _SLOTS * self.slot_bytes)
+        os.ftruncate(fd, SLOTS * self.slot_bytes)
         self._map(fd)
-        self._free = list(range(_SLOTS))[::-1]  # what was freed last is taken first: its pages are there
+        self._free = list(range(SLOTS))[::-1]  # what was freed last is taken first: its pages are there
         _FILES[id(self)] = self
 
     def _map(self, fd: int) -> None:
         self._fd = fd
         weakref.finalize(self, os.close, fd)
-        self._bytes = np.frombuffer(mmap.mmap(fd, _SLOTS * self.slot_bytes), np.uint8)
+        self._bytes = np.frombuffer(mmap.mmap(fd, SLOTS * self.slot_bytes), np.uint8)
 
     def __getstate__(self) -> tuple[int, int, Any]:
         return id(self), self.slot_bytes, DupFd(self._fd)
@@ -96,7 +96,7 @@ class _Pickler(ForkingPickler):
         return None
 
     def reducer_override(self, value: Any) -> Any:
-        if isinstance(value, torch.Tensor) and value.nbytes <= _SMALL_BYTES:
+        if isinstance(value, torch.Tensor) and value.nbytes <= SMALL_BYTES:
             return torch.from_numpy, (value.numpy(),)
         return NotImplemented
 

@@ -33,7 +33,7 @@ log = logging.getLogger(__name__)
 
 # Imported once in the fork server, so that a worker starts in milliseconds and shares their memory.
 _PRELOAD = ["torch.utils.data", "pyarrow.fs", "pyarrow.parquet", "decord", "av", "arvideo_dist.data.loader"]
-_PREFETCH_PER_WORKER = 2  # micro batches; bounds what waits in shared memory (back-pressure)
+PREFETCH_PER_WORKER = 2  # micro batches; bounds what waits in shared memory (back-pressure)
 _STRIKES = 2  # deaths on one place that make it a bad sample
 _STARTS_WITHOUT_RESULT = 8
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
@@ -143,7 +143,7 @@ class DecodePool(Generic[BatchT]):
             num_workers=self.workers,
             multiprocessing_context=context,
             worker_init_fn=_start_worker,
-            prefetch_factor=_PREFETCH_PER_WORKER,
+            prefetch_factor=PREFETCH_PER_WORKER,
             pin_memory=self.pin_memory,
             generator=torch.Generator(),  # else the loader draws from the rank's own generator
         )

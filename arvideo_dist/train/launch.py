@@ -165,7 +165,7 @@ def _fit(config: RunConfig, derived: Derived, uri: str, run_id: str, lease: Leas
     api: Any = ray.train
     run = run_folder(config)
     restarts = Restarts(config.run.max_restarts, run.uri)
-    _connect(config)
+    connect(config)
     try:
         with (
             stop_on_sigterm(lease, config.run.preemption_grace_s),
@@ -211,7 +211,7 @@ def _fit_once(
     from ray.train.torch import TorchConfig, TorchTrainer
 
     api: Any = ray.train  # Ray Train V2; what a type checker sees there is V1
-    use_gpu = _use_gpu(config, ray.cluster_resources())
+    use_gpu = use_gpu_of(config, ray.cluster_resources())
     _say_if_too_small(config, ray.cluster_resources(), use_gpu)
     trainer: Any = TorchTrainer(
         _worker,  # type: ignore[arg-type]
@@ -249,7 +249,7 @@ def _fit_once(
     return result
 
 
-def _connect(config: RunConfig) -> None:
+def connect(config: RunConfig) -> None:
     """Join the named or surrounding cluster, or start Ray on this machine."""
     import ray
 
@@ -276,7 +276,8 @@ def _collective_timeout_s(config: RunConfig) -> int:
     return math.ceil(2 * config.run.hung_s + 60)
 
 
-def _use_gpu(config: RunConfig, resources: dict[str, float]) -> bool:
+def use_gpu_of(config: RunConfig, resources: dict[str, float]) -> bool:
+    """Whether the workers train on GPUs; `resources`: the cluster's (`ray.cluster_resources`)."""
     if config.cluster.device != "auto":
         return config.cluster.device == "cuda"
     return resources.get("GPU", 0) > 0
@@ -316,6 +317,7 @@ def _train(config: RunConfig, payload: dict[str, Any]) -> Interruption | None:
     from ray.train.torch import get_device
 
     activity.alone("imports libraries")
+    from arvideo_dist.checks.start import check_workers_start
     from arvideo_dist.tracking import Tracker
     from arvideo_dist.train.loop import Task, train
     from arvideo_dist.train.outbox import QueuedTracker
@@ -335,12 +337,15 @@ def _train(config: RunConfig, payload: dict[str, Any]) -> Interruption | None:
         mlflow_run_id=payload["mlflow_run_id"],
         lease=payload["lease"],
     )
+    watch = Watch(task.lease, control, get_preemption_info)
+    activity.together("checks its machine")
+    check_workers_start(task.config, task.derived, task.lease, control)
     tracker: Any = contextlib.nullcontext()
     if dist.get_rank() == 0:
         to_mlflow = Tracker(task.tracking_uri, task.mlflow_run_id, task.lease.check)
         tracker = QueuedTracker(to_mlflow, task.lease.storage())
     with tracker as queue:
-        return train(task, device, control, Watch(task.lease, control, get_preemption_info), queue)
+        return train(task, device, control, watch, queue)
 
 
 def _inside_ray_job() -> bool:

@@ -20,8 +20,8 @@ def test_a_slot_is_free_when_the_last_tensor_over_it_is_gone() -> None:
     number = slots.take()
     assert number is not None
     part = slots.slot(number)[10:20].view(2, 5)
-    taken = [slots.take() for _ in range(shared._SLOTS - 1)]
-    assert sorted([number, *taken]) == list(range(shared._SLOTS))
+    taken = [slots.take() for _ in range(shared.SLOTS - 1)]
+    assert sorted([number, *taken]) == list(range(shared.SLOTS))
     assert slots.take() is None
     gc.collect()
     assert slots.take() is None  # `part` is alive

@@ -41,7 +41,7 @@ def test_lost_workers_are_forgiven_as_long_as_the_run_advances_between_them(
         run.write_bytes(f"{FOLDER}/step-{next(steps):08d}/{MANIFEST}", b"{}")
         raise ray.train.WorkerGroupError("lost", worker_failures={1: RuntimeError("lost")})
 
-    monkeypatch.setattr(launch, "_connect", lambda config: None)
+    monkeypatch.setattr(launch, "connect", lambda config: None)
     monkeypatch.setattr(launch, "HangWatch", _NoWatch)
     monkeypatch.setattr(launch, "_fit_once", lose_workers)
     with (

@@ -1,0 +1,126 @@
+"""The quick form of the checks, at every start of a run: on the driver, then on the workers before the model."""
+
+from __future__ import annotations
+
+import socket
+import time
+from collections import Counter
+from collections.abc import Sequence
+from typing import TypeVar
+
+import torch.distributed as dist
+
+from arvideo_dist.checks.finding import WAITS_S, Finding, Level, errors, retried
+from arvideo_dist.checks.machine import check_machine
+from arvideo_dist.checks.needs import needs_of
+from arvideo_dist.checks.network import check_clock
+from arvideo_dist.checks.stores import check_data, check_mlflow, check_shared, check_storage
+from arvideo_dist.config import RunConfig
+from arvideo_dist.derived import Derived
+from arvideo_dist.storage import Storage
+from arvideo_dist.train import lease
+from arvideo_dist.train.checkpoint import complete_checkpoints
+from arvideo_dist.train.lease import Guard
+from arvideo_dist.train.stop import RunStoppedError
+
+_T = TypeVar("_T")
+
+_STORAGE_BYTES = 4096
+_LOCAL = {"device", "/dev/shm", "disk"}  # what may stop a run that has begun: a restart meets the same
+
+
+def check_driver(config: RunConfig) -> None:
+    """Data set, storage and tracking server from here; ValueError says what is to be mended.
+
+    In this order: nothing is written for a run whose data set is not there. A fault that may pass is tried again
+    for some seconds. Without its tracking server a run that has one already goes on.
+    """
+    _stop_at_errors(retried(lambda: check_data(config), _say))
+    _stop_at_errors(retried(lambda: [check_storage(config, _STORAGE_BYTES)], _say))
+    from arvideo_dist.tracking import RUN_FILE, tracking_uri  # imports MLflow, which takes seconds
+
+    uri = tracking_uri(config)
+    if Storage(config.run.storage_path).child(config.run.name).exists(RUN_FILE):
+        _stop_at_errors([check_mlflow(uri).softened()])
+    else:
+        _stop_at_errors(retried(lambda: [check_mlflow(uri)], _say))
+
+
+def _stop_at_errors(findings: Sequence[Finding]) -> None:
+    _say_warnings(findings)
+    if found := errors(findings):
+        raise ValueError(_listed("the run cannot start", found))
+
+
+def check_workers_start(
+    config: RunConfig, derived: Derived, guard: Guard, control: dist.ProcessGroup
+) -> None:
+    """Collective, on every rank at each start: this machine, the storage from here, the clocks.
+
+    `control`: a gloo group. RunStoppedError on all ranks lists what all of them found. Once the run has a
+    checkpoint only faults of a machine stop it: at night a store may be away for a moment, and what needs it then
+    has its own patience.
+    """
+    rank, world = dist.get_rank(), dist.get_world_size()
+    run = Storage(guard.run_uri)
+    clock, bound_s = _common_moment(control)
+    facts = _all_gather((socket.gethostname(), clock, rank == 0 and _is_new(run)), control)
+    hosts, clocks, news = zip(*facts, strict=True)
+    new = any(news)
+    cuda = dist.get_backend() == "nccl"
+    needs = needs_of(config, derived.at_world_size(world), cuda=cuda)
+    findings = check_machine(config, needs, workers_here=Counter(hosts)[hosts[rank]], cuda=cuda)
+    findings.append(check_clock(clock - clocks[0], bound_s))
+    waits_s = WAITS_S if new else ()
+    lease_file = f"{lease.FOLDER}/{guard.name}"
+    findings += retried(lambda: [check_storage(config, _STORAGE_BYTES)], _say, waits_s)
+    findings += retried(lambda: [check_shared(run, lease_file, "the driver")], _say, waits_s)
+    mine = [finding.at(f"rank {rank} on {hosts[rank]}") for finding in findings]
+    everyones = [finding for found in _all_gather(mine, control) for finding in found]
+    if not new:
+        everyones = [
+            finding if finding.check in _LOCAL and not finding.passing else finding.softened()
+            for finding in everyones
+        ]
+    if rank == 0:
+        _say_warnings(everyones)
+    if found := errors(everyones):
+        raise RunStoppedError(_listed("the workers' machines are not ready", found))
+
+
+def _is_new(run: Storage) -> bool:
+    try:
+        return not complete_checkpoints(run)
+    except OSError:  # then whoever reads the checkpoints finds it out
+        return False
+
+
+def _common_moment(control: dist.ProcessGroup) -> tuple[float, float]:
+    """UNIX time at a moment that lies on all ranks within the seconds returned besides."""
+    dist.barrier(control)  # so that nobody waits for a late one below
+    began = time.perf_counter()
+    dist.barrier(control)
+    now = time.time()
+    dist.barrier(control)
+    return now, time.perf_counter() - began
+
+
+def _all_gather(mine: _T, control: dist.ProcessGroup) -> list[_T]:
+    everyones: list[_T] = [mine] * dist.get_world_size()
+    dist.all_gather_object(everyones, mine, group=control)
+    return everyones
+
+
+def _say_warnings(findings: Sequence[Finding]) -> None:
+    for finding in findings:
+        if finding.level is Level.WARNING:
+            _say(f"warning: {finding.line()}")
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)
+
+
+def _listed(what: str, findings: Sequence[Finding]) -> str:
+    lines = dict.fromkeys(finding.line() for finding in findings)
+    return "\n  ".join([f"{what}; mend:", *lines])

@@ -1,0 +1,123 @@
+"""The quick form at every start of a run: what stops a new run, and what does not stop one that goes on."""
+
+from __future__ import annotations
+
+import socket
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+
+from arvideo_dist.checks import finding, start
+from arvideo_dist.checks.start import check_driver, check_workers_start
+from arvideo_dist.config import RunConfig
+from arvideo_dist.derived import derive
+from arvideo_dist.storage import Storage
+from arvideo_dist.tracking import RUN_FILE
+from arvideo_dist.train.checkpoint import FOLDER, MANIFEST
+from arvideo_dist.train.lease import Guard, acquire
+from arvideo_dist.train.stop import RunStoppedError
+from tests.data.conftest import FRAMES, write_dataset
+from tests.train.distributed import run_ranks
+from tests.train.runs import TINY
+
+
+def _config(folder: Path, **sections: dict[str, Any]) -> RunConfig:
+    merged = {**TINY, "run": {"name": "run", "storage_path": str(folder / "runs")}}
+    merged["data"] = {"path": str(folder / "data"), "val_split": None, "workers": 1}
+    return RunConfig.model_validate({**merged, **sections})
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    write_dataset(tmp_path / "data", [b"x"] * 4, [FRAMES[0]] * 4, per_shard=1)
+    monkeypatch.setattr(finding.time, "sleep", lambda seconds: None)
+    return tmp_path
+
+
+def _nowhere() -> str:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return f"http://127.0.0.1:{probe.getsockname()[1]}"
+
+
+def test_driver_with_everything_in_place_says_nothing(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    check_driver(_config(folder))
+    assert capsys.readouterr().out == ""
+
+
+def test_missing_shard_stops_a_run_before_anything_is_written(folder: Path) -> None:
+    (folder / "data" / "train-000002.tar").unlink()
+    with pytest.raises(
+        ValueError, match=r"(?s)the run cannot start; mend:\n  data: .*train-000002.tar is missing"
+    ):
+        check_driver(_config(folder))
+    assert not (folder / "runs").exists()
+
+
+def test_storage_that_cannot_be_written_stops_a_run(folder: Path) -> None:
+    (folder / "runs").write_text("a file where the storage should be")
+    with pytest.raises(
+        ValueError, match=r"mend:\n  storage: (File exists|Not a directory): check run.storage_path"
+    ):
+        check_driver(_config(folder))
+
+
+def test_new_run_wants_its_tracking_server_and_one_that_goes_on_does_not(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = _config(folder, tracking={"uri": _nowhere()})
+    with pytest.raises(ValueError, match=r"mlflow: http://127.0.0.1:\d+ cannot be reached"):
+        check_driver(config)
+    assert "tried again in" in capsys.readouterr().out
+    Storage(config.run.storage_path).child("run").write_bytes(RUN_FILE, b"{}")
+    check_driver(config)
+    assert "warning: mlflow: http://127.0.0.1:" in capsys.readouterr().out
+
+
+def _start_ranks(config: RunConfig, guard: Guard, small_shm_on: int | None) -> str:
+    """What stops this rank, or nothing."""
+    finding.time.sleep = lambda seconds: None
+    if dist.get_rank() == small_shm_on:
+        usage = start.check_machine.__globals__["shutil"].disk_usage("/")._replace(free=0)
+        start.check_machine.__globals__["shutil"].disk_usage = lambda folder: usage
+    try:
+        check_workers_start(config, derive(config, None), guard, dist.new_group(backend="gloo"))
+    except RunStoppedError as error:
+        return str(error)
+    return ""
+
+
+def _guard(config: RunConfig, *, with_checkpoint: bool) -> Guard:
+    run = Storage(config.run.storage_path).child("run")
+    if with_checkpoint:
+        run.write_bytes(f"{FOLDER}/step-00000001/{MANIFEST}", b"{}")
+    return acquire(run, lease_s=600).guard
+
+
+def test_ranks_in_order_start(folder: Path) -> None:
+    config = _config(folder)
+    assert run_ranks(2, _start_ranks, config, _guard(config, with_checkpoint=False), None) == ["", ""]
+
+
+@pytest.mark.parametrize("with_checkpoint", [False, True])
+def test_fault_of_one_machine_stops_all_ranks_with_its_name(folder: Path, with_checkpoint: bool) -> None:
+    config = _config(folder)
+    first, second = run_ranks(2, _start_ranks, config, _guard(config, with_checkpoint=with_checkpoint), 1)
+    assert first == second, "all ranks stop, with the same words"
+    assert f"/dev/shm (rank 1 on {socket.gethostname()}): 0 MiB" in first
+    assert "rank 0" not in first
+
+
+def test_storage_stops_a_new_run_only(folder: Path) -> None:
+    """A file of the lease that this node does not see stands for storage that is not there."""
+    config = _config(folder)
+    elsewhere = Guard(str(folder / "elsewhere"), _guard(config, with_checkpoint=False).name)
+    stopped = run_ranks(2, _start_ranks, config, elsewhere, None)
+    assert "storage shared (rank 0 on" in stopped[0]
+    assert "which the driver wrote: run.storage_path must be the same" in stopped[1]
+    Storage(elsewhere.run_uri).write_bytes(f"{FOLDER}/step-00000001/{MANIFEST}", b"{}")
+    assert run_ranks(2, _start_ranks, config, elsewhere, None) == ["", ""]
