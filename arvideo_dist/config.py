@@ -327,6 +327,16 @@ class TrainConfig(Section):
     )
     zero_stage: int = Field(1, ge=0, le=3, description="DeepSpeed ZeRO stage")
     log_every_steps: PositiveInt = Field(10, description="optimiser steps between logged points")
+    max_bad_steps: PositiveInt = Field(
+        3,
+        description="steps in a row whose loss or gradient norm is not finite, none of them applied, at which "
+        "train.on_bad_steps says what to do",
+    )
+    on_bad_steps: Literal["rollback", "stop"] = Field(
+        "rollback",
+        description="rollback: weights and moments go back to the newest checkpoint's and training goes on with "
+        "the samples after the bad steps; stop: the run ends",
+    )
 
 
 class ValidationConfig(Section):

@@ -14,6 +14,7 @@ import fcntl
 import hashlib
 import importlib.metadata
 import json
+import os
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -227,7 +228,7 @@ def prepare(
 @dataclass
 class _Slice:
     number: int
-    parts: list[Any]  # an Outcome, or the executor's handle of a video
+    parts: list[Any]  # in the items' order: an Outcome, or the executor's handle of a video, once handed out
     left: int  # items not handed out yet
     waiting: int = 0  # videos not done yet
 
@@ -238,7 +239,7 @@ def _work(
     """Outcomes and finished slices as they come; `executor.slots` videos and a few slices at a time."""
     videos: dict[Any, _Slice] = {}
     shards: dict[Any, _Slice] = {}  # holds the slice, and so its videos' handles, until its shard is written
-    feeding: tuple[_Slice, Iterator[Item]] | None = None
+    feeding: tuple[_Slice, Iterator[tuple[int, Item]]] | None = None
 
     def close_if_complete(current: _Slice) -> None:
         if not current.waiting and not current.left:
@@ -253,18 +254,19 @@ def _work(
                 batch = next(todo, None) if begun() < _OPEN_SLICES else None
                 if batch is None:
                     break
-                feeding = (_Slice(batch[0], [], left=len(batch[1])), iter(batch[1]))
-            current, items = feeding
-            item = next(items)
+                number, items = batch
+                feeding = (_Slice(number, [None] * len(items), left=len(items)), _largest_first(items))
+            current, handing_out = feeding
+            place, item = next(handing_out)
             current.left -= 1
             if item.reason is not None:
                 outcome = Outcome(item.source, reason=item.reason)
-                current.parts.append(outcome)
+                current.parts[place] = outcome
                 yield outcome
             else:
                 handle = executor.video(item)
                 videos[handle] = current
-                current.parts.append(handle)
+                current.parts[place] = handle
                 current.waiting += 1
             if not current.left:
                 feeding = None
@@ -279,6 +281,18 @@ def _work(
                 current.waiting -= 1
                 yield executor.outcome(handle)
                 close_if_complete(current)
+
+
+def _largest_first(items: list[Item]) -> Iterator[tuple[int, Item]]:
+    """A slice's items with their places in it: the last ones to run are short, so no worker waits long for them."""
+
+    def size(item: Item) -> int:
+        try:
+            return os.path.getsize(item.path) if item.path is not None else 0
+        except OSError:  # who opens it will say why
+            return 0
+
+    return iter(sorted(enumerate(items), key=lambda placed: size(placed[1]), reverse=True))
 
 
 @contextlib.contextmanager

@@ -214,9 +214,7 @@ class ClipSamples:
                 self._fill(clips if planes is None else planes, visit, video)
                 weights[[clip.slot for clip in visit.clips]] = 1
             except BadSample as error:
-                shard = visit.row.shard
-                if len(self.sources) > 1:
-                    shard = f"{self.sources[visit.located.source].storage.uri}/{shard}"
+                shard = self._shard_name(visit.located, visit.row)
                 bad += [BadRecord(clip.place, shard, visit.row.key, str(error)) for clip in visit.clips]
         if planes is None:
             for slot in (weights == 0).nonzero().flatten().tolist():  # a mask would go through all clips
@@ -234,6 +232,17 @@ class ClipSamples:
             bad=bad,
             planes=planes,
         )
+
+    def names(self, places: Sequence[int]) -> list[tuple[str, str]]:
+        """Shard and key of the samples at `places`; the shard with its data set where there are several."""
+        located = self.order.locate(places)
+        rows = [self.indexes[each.source][each.row] for each in located]
+        return [(self._shard_name(each, row), row.key) for each, row in zip(located, rows, strict=True)]
+
+    def _shard_name(self, located: Located, row: SampleRow) -> str:
+        if len(self.sources) == 1:
+            return row.shard
+        return f"{self.sources[located.source].storage.uri}/{row.shard}"
 
     def plan(self, places: list[int]) -> list[Visit]:
         """The samples behind `places` and every random draw of their clips."""

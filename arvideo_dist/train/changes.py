@@ -42,6 +42,7 @@ FREE = frozenset(
         *("data.val_split", "data.verify_checksums", "data.read_retries", "data.shard_cache_gib"),
         *("data.shard_cache", "data.hung_worker_s", "data.workers", "data.max_bad_fraction"),
         *("train.micro_batch", "train.zero_stage", "train.log_every_steps"),
+        *("train.max_bad_steps", "train.on_bad_steps"),
         *("validation.every_steps", "validation.max_clips"),
         *("cluster.address", "cluster.workers", "cluster.device", "cluster.cpus_per_worker"),
         "cluster.resize_interval_s",

@@ -153,23 +153,35 @@ class Checkpoint:
 
     def load_optimizer(self, engine: Engine) -> None:
         """Set this rank's AdamW moments and step count."""
+        fragments = zero_state.create_moments(engine, self.state["optimizer_steps"])
+        for fragment, values in self._read(fragments, zero_state.MOMENTS):
+            zero_state.set_moments(engine, fragment, values)
+
+    def restore(self, engine: Engine) -> None:
+        """Weights, moments and step count of an engine that has trained on become this checkpoint's. Collective."""
+        read = self._read(zero_state.held_fragments(engine), ("weight",))
+        zero_state.set_weights(engine, ((fragment, values["weight"]) for fragment, values in read))
+        self.load_optimizer(engine)
+
+    def _read(
+        self, fragments: list[zero_state.Fragment], kinds: tuple[str, ...]
+    ) -> Iterator[tuple[zero_state.Fragment, dict[str, torch.Tensor]]]:
+        """Each of `fragments` with its flat values (fp32, on the host) of `kinds`."""
         by_name: dict[str, list[FragmentEntry]] = {}
         for entry in self.manifest.fragments:
             by_name.setdefault(entry.name, []).append(entry)
         with self._opened() as files:
-            for fragment in zero_state.create_moments(engine, self.state["optimizer_steps"]):
-                values = {
-                    moment: torch.empty(fragment.stop - fragment.start) for moment in zero_state.MOMENTS
-                }
+            for fragment in fragments:
+                values = {kind: torch.empty(fragment.stop - fragment.start) for kind in kinds}
                 for entry in by_name[fragment.name]:
                     first, last = max(entry.start, fragment.start), min(entry.stop, fragment.stop)
-                    for moment, flat in values.items():
+                    for kind, flat in values.items():
                         if first < last:
-                            stored = files[entry.part].get_slice(f"{moment}/{entry.name}")
+                            stored = files[entry.part].get_slice(f"{kind}/{entry.name}")
                             flat[first - fragment.start : last - fragment.start] = stored[
                                 first - entry.start : last - entry.start
                             ]
-                zero_state.set_moments(engine, fragment, values)
+                yield fragment, values
 
     @contextmanager
     def _opened(self) -> Iterator[dict[str, Any]]:

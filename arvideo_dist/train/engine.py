@@ -7,9 +7,11 @@ the same at all of them.)
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -42,8 +44,20 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     ]
 
 
+@dataclass(frozen=True)
+class Update:
+    """What became of a step's gradients; the same on all ranks."""
+
+    applied: bool  # False: the norm is not finite, and weights, moments and the optimiser's step count stay
+    gradient_norm: torch.Tensor | float  # over all ranks, before clipping; a tensor is still on the device
+
+
 class Engine:
     """One rank's share of the data-parallel training of `model`."""
+
+    sample_losses: list[
+        torch.Tensor
+    ]  # of the newest `accumulate`: float32 [B] of each micro batch, on the device
 
     def __init__(
         self,
@@ -93,35 +107,68 @@ class Engine:
 
         `total_weight`: sum of the weights of the whole global batch over all ranks, so that the gradient is
         that of the weighted mean loss at any world size. Returns the weighted sum of the local losses
-        (float32 scalar on the device).
+        (float32 scalar on the device). A loss that is not finite makes all gradients NaN.
         """
         loss_sum = torch.zeros((), device=self.device)
         self.forward_time = ForwardTime(self.device)
+        self.sample_losses = []
         for index, host_batch in enumerate(batches):
             activity.together(f"forward and backward of micro batch {index}")
             batch = host_batch.to(self.device)
             with self.forward_time:
-                weighted = (self.forward(batch).loss_b * batch.weights).sum()
+                loss_b = self.forward(batch).loss_b
+            self.sample_losses.append(loss_b.detach())
+            weighted = (loss_b * batch.weights).sum()
+            # A square that overflows to Inf can have a finite gradient. The gate makes it NaN without asking the
+            # device, so that the check of the gradients, which asks it anyway, finds every loss that is not finite.
+            gate = torch.where(weighted.detach().isfinite(), 1.0, torch.nan)
             # DeepSpeed averages over ranks; accumulation is already in total_weight.
-            self._deepspeed.backward(weighted * (self.world_size / total_weight), scale_wrt_gas=False)
+            self._deepspeed.backward(weighted * gate * (self.world_size / total_weight), scale_wrt_gas=False)
             if index < len(batches) - 1:
                 self._deepspeed.step()  # counts the micro batch; weights change in `apply` only
             loss_sum += weighted.detach()
         return loss_sum
 
-    def apply(self, learning_rate: float) -> torch.Tensor | float:
-        """The optimiser step at `learning_rate`; returns the gradient norm over all ranks before clipping."""
+    def apply(self, learning_rate: float) -> Update:
+        """The optimiser step at `learning_rate`, left out where the gradients' norm is not finite.
+
+        ZeRO's stages look at their norm themselves, at every precision (DeepSpeed 0.19.8), which costs the one
+        wait for the device of a step; at stage 0 it is done here.
+        """
         for group in self.zero_optimizer.param_groups:
             group["lr"] = learning_rate
         activity.together("optimiser step")
-        norm = self._plain_gradient_norm() if self.stage == 0 else None
+        if self.stage == 0:
+            return self._apply_plain()
         self._deepspeed.step()
-        return self._deepspeed.get_global_grad_norm() if norm is None else norm
+        applied = self._deepspeed.was_step_applied()
+        if not applied:
+            self.gather_persistent()
+        return Update(applied, self._deepspeed.get_global_grad_norm())
 
-    def _plain_gradient_norm(self) -> torch.Tensor:
+    def gather_persistent(self) -> None:
+        """Make the parameters whole that ZeRO-3 leaves whole between steps, being small. Collective.
+
+        DeepSpeed does it after an applied step, in fp32. Else the next forward pass does it, under autocast in
+        bf16, so that the step after one that was left out would see rounded weights.
+        """
+        if self.stage == 3 and (persistent := self.zero_optimizer.persistent_parameters):
+            persistent[0].all_gather(persistent)
+
+    def _apply_plain(self) -> Update:
         # DeepSpeed keeps no norm at stage 0 in fp32; gradients are whole and reduced there.
         grads = [p.grad for p in self.module.parameters() if p.grad is not None]
-        return torch.nn.utils.get_total_norm(grads)
+        norm = float(torch.nn.utils.get_total_norm(grads))
+        if math.isfinite(norm):
+            self._deepspeed.step()
+            return Update(True, norm)
+        self._deepspeed.zero_grad()
+        self._deepspeed.set_gradient_accumulation_boundary(
+            False
+        )  # so that `step` counts the micro batch only
+        self._deepspeed.step()
+        self._deepspeed.set_gradient_accumulation_boundary(None)  # as before: every so many micro batches
+        return Update(False, norm)
 
     def forward(self, batch: Batch, context_clips: torch.Tensor | None = None) -> Output:
         """The model on one micro batch on the device; `context_clips` as in `PretrainingModel.forward`."""

@@ -1,14 +1,15 @@
 """The training loop of one worker, from its start weights to the last checkpoint.
 
-The run's state is one number, the *position*: how many places of the sample sequence are applied to the
-weights. Step s consumes places [s G, (s + 1) G), G the global batch (unless `run.allow_change` let G change on
-the way); nothing else decides what comes next.
+The run's state is one number, the *position*: how many places of the sample sequence are consumed, that is applied
+to the weights, but for the steps that `bad_steps.py` lists. Step s consumes places [s G, (s + 1) G), G the global
+batch (unless `run.allow_change` let G change on the way); nothing else decides what comes next.
 """
 
 from __future__ import annotations
 
 import functools
 import json
+import math
 import time
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -30,12 +31,14 @@ from arvideo_dist.train.activity import activity
 from arvideo_dist.train.agreement import agree
 from arvideo_dist.train.audit import Audit
 from arvideo_dist.train.bad_samples import ARTIFACT, BadSamples
+from arvideo_dist.train.bad_steps import BadSteps
 from arvideo_dist.train.data import loader_options, training_sources, validation_options, validation_source
 from arvideo_dist.train.engine import Engine, resolve_precision
 from arvideo_dist.train.lease import Guard
 from arvideo_dist.train.progress import Meter, Stragglers, progress_line
 from arvideo_dist.train.saver import Saver
 from arvideo_dist.train.schedule import learning_rate
+from arvideo_dist.train.spikes import Spikes, spike_line
 from arvideo_dist.train.stop import RESULT, Interruption, RunStoppedError
 from arvideo_dist.train.validate import validate
 from arvideo_dist.train.watch import Watch
@@ -116,6 +119,11 @@ def train(task: Task, device: torch.device, control: dist.ProcessGroup, watch: W
     )
     bad = BadSamples(run, config.data.max_bad_fraction, train_loader.places_per_epoch, control)
     bad.restore(start.state["bad_samples"] if start is not None else [])
+    bad_steps = BadSteps(run, config.train, train_loader.samples.names, control, tracker)
+    spikes = Spikes()
+    if start is not None:
+        bad_steps.restore(start.state.get("bad_steps"))
+        spikes.restore(start.state.get("spikes", {}))
     audit = Audit(task.lease, step, control) if config.run.audit else None
 
     def validation() -> dict[str, float]:
@@ -152,6 +160,8 @@ def train(task: Task, device: torch.device, control: dist.ProcessGroup, watch: W
             "position": position,
             "step": step,
             "bad_samples": bad.listed(),
+            "bad_steps": bad_steps.listed(),
+            "spikes": spikes.listed(),
             "mlflow_run_id": task.mlflow_run_id,
             "config": config.model_dump(mode="json"),
             "data_digests": digests,
@@ -170,6 +180,7 @@ def train(task: Task, device: torch.device, control: dist.ProcessGroup, watch: W
     stragglers = Stragglers()
     metrics: dict[str, float] = {}
     validated_at, saved_at, bad_logged = -1, step, 0
+    save_owed = False
     interruption: Interruption | None = None
     while step < total_steps and interruption is None:
         activity.alone("waits for batches", train_loader.busy_with)
@@ -196,12 +207,24 @@ def train(task: Task, device: torch.device, control: dist.ProcessGroup, watch: W
         loss_sum = engine.accumulate(micro_batches, facts.total_weight)
         meter.forward(engine.forward_time)
         saver.before_update()
-        gradient_norm = engine.apply(rate)
+        update = engine.apply(rate)
         position += global_batch
         step += 1
         activity.step = step
-        if audit is not None:
-            audit.applied(step, micro_batches)
+        if update.applied:
+            bad_steps.good()
+            if audit is not None:
+                audit.applied(step, micro_batches)
+        else:
+            bad_steps.add(step, micro_batches, engine.sample_losses)
+            if bad_steps.too_many:
+                saver.finish()
+                activity.together("goes back to earlier weights")
+                weights_step = bad_steps.go_back(step, engine)
+                save_owed = True
+                if audit is not None:
+                    audit.flush()
+                    audit = Audit(task.lease, weights_step, control)
 
         if step % config.train.log_every_steps == 0 or step == total_steps:
             activity.together("joins the metrics of all ranks")
@@ -209,7 +232,7 @@ def train(task: Task, device: torch.device, control: dist.ProcessGroup, watch: W
             metrics = {
                 "loss/train": point.loss,
                 "learning_rate": rate,
-                "gradient_norm": float(gradient_norm),
+                "gradient_norm": float(update.gradient_norm),
                 "epoch": position / train_loader.places_per_epoch,
                 "clips_per_second": point.clips_per_second,
                 "clips_per_second_per_worker": point.clips_per_second / derived.world_size,
@@ -219,7 +242,12 @@ def train(task: Task, device: torch.device, control: dist.ProcessGroup, watch: W
                 "step_time/max": point.slowest_s,
                 "step_time/median": point.median_s,
                 "slowest_rank": point.slowest_rank,
+                "bad_steps": len(bad_steps),
             }
+            # Of a bad step there is a gap: MLflow would make 1.8e308 of Inf, and the curve a line.
+            metrics = {name: value for name, value in metrics.items() if math.isfinite(value)}
+            found = spikes.look(metrics)
+            metrics |= found
             activity.alone("writes metrics")
             if tracker is not None:
                 tracker.log(step, metrics)
@@ -229,13 +257,16 @@ def train(task: Task, device: torch.device, control: dist.ProcessGroup, watch: W
             _say(rank, progress_line(step, total_steps, rate, point, global_batch))
             if (straggler := stragglers.line(point)) is not None:
                 _say(rank, f"step {step}  {straggler}")
+            if found:
+                _say(rank, spike_line(step, found))
         if step % config.validation.every_steps == 0 or step == total_steps:
             metrics |= validation()
             validated_at = step
             meter.reset()
-        if facts.save_due or saver.due_by_step(step) or step == total_steps:
+        save_owed |= facts.save_due or saver.due_by_step(step)
+        if (save_owed and not bad_steps.in_stretch) or step == total_steps:
             save()
-            saved_at = step
+            saved_at, save_owed = step, False
     if interruption is not None and step > saved_at:
         save()
     saver.finish()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from pathlib import Path
 from typing import Any
 
 from hypothesis import given, settings
@@ -91,3 +92,18 @@ def test_work_in_flight_is_bounded_and_complete(
     }
     outcomes = [result.source for result in results if isinstance(result, Outcome)]
     assert sorted(outcomes) == sorted(item.source for _, items in slices for item in items)
+
+
+def test_largest_files_are_begun_first_and_the_slice_keeps_its_order(tmp_path: Path) -> None:
+    sizes = {"short": 10, "long": 900, "middle": 50}
+    items = []
+    for name, size in sizes.items():
+        (tmp_path / name).write_bytes(bytes(size))
+        items.append(Item(name, path=str(tmp_path / name)))
+    items.append(Item("vanished", path=str(tmp_path / "vanished")))  # whoever opens it says so
+    executor = Imagined(slots=1, seed=0, stuck="")
+    results = list(_work(iter([(0, items)]), executor))
+    begun = [result.source for result in results if isinstance(result, Outcome)]
+    assert begun == ["long", "middle", "short", "vanished"]
+    ((_, record),) = [result for result in results if not isinstance(result, Outcome)]
+    assert [source for source, _ in record.rejects] == ["short", "long", "middle", "vanished"]

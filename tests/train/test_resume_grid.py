@@ -28,7 +28,9 @@ def ray_with_three_slots() -> Iterator[Any]:
         patch.setenv("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "300")
         import ray
 
-        ray.init(address="local", num_cpus=3, include_dashboard=False)
+        # Without a dashboard Ray Train asks whichever one of this machine has the usual port whether its controller
+        # is alive, and removes its workers when that one knows nothing of it.
+        ray.init(address="local", num_cpus=3, include_dashboard=True, dashboard_port=0)
         yield ray
         ray.shutdown()
 

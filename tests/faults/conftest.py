@@ -1,0 +1,89 @@
+"""The data, the uninterrupted runs, and the table of what each fault cost (`--faults-json PATH`)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from arvideo_dist.bench.report import environment, write_json
+from tests.faults.runs import SAVE_EVERY, STEPS, Layout, Run, check_nothing_was_lost, write_run
+from tests.train.runs import make_data
+
+Table = list[dict[str, Any]]
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--faults-json", type=Path, help="result file for the table of faults, time lost and result"
+    )
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("faults")
+    make_data(folder / "data")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def whole(folder: Path) -> Callable[[Layout], Run]:
+    """The uninterrupted run of a layout, made once."""
+    runs: dict[Layout, Run] = {}
+
+    def whole(layout: Layout) -> Run:
+        if layout not in runs:
+            run = write_run(folder, str(folder / "data"), f"whole-{layout}", layout)
+            command = run.start()
+            assert command.finish() == 0, command.output
+            run.points = run.history()
+            runs[layout] = run
+        return runs[layout]
+
+    return whole
+
+
+@pytest.fixture(scope="session")
+def table(request: pytest.FixtureRequest) -> Iterator[Table]:
+    rows: Table = []
+    yield rows
+    if path := request.config.getoption("--faults-json"):
+        write_json(
+            path,
+            {
+                **environment(),
+                "subject": "faults",
+                "configuration": {"steps": STEPS, "checkpoint_every_steps": SAVE_EVERY},
+                "faults": rows,
+            },
+        )
+
+
+@pytest.fixture
+def survived(table: Table, whole: Callable[[Layout], Run], request: pytest.FixtureRequest) -> Iterator[Any]:
+    """Call it with the run that a fault was done to and the fault's name: checks the run and notes the fault.
+
+    Time lost is the wall time of all the run's commands over that of the uninterrupted run, so it holds the steps
+    that were done again, and the length of an outage that the run had to wait for.
+    """
+    noted = []
+
+    def survived(run: Run, fault: str, commands: int = 1) -> None:
+        reference = whole(run.layout)
+        row = {
+            "fault": fault,
+            "workers": run.layout.workers,
+            "zero_stage": run.layout.stage,
+            "commands": commands,
+            "time_lost_s": round(run.seconds - reference.seconds, 1),
+            "result": "failed",
+        }
+        table.append(row)
+        noted.append(row)
+        check_nothing_was_lost(run, reference)
+        row["result"] = "places once, losses bit-equal, points once"
+
+    yield survived
+    assert noted, "the fault was noted"

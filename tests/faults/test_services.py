@@ -1,0 +1,156 @@
+"""What a run depends on fails for a while: the disk, the object store, the tracking server, a shard."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from moto.server import ThreadedMotoServer
+
+from arvideo_dist.storage import Storage
+from arvideo_dist.train.checkpoint import FOLDER, Checkpoint, complete_checkpoints
+from tests.faults.runs import FAULT_AT, LAYOUTS, Layout, write_run
+from tests.faults.services import Relay, TrackingServer, small_disk
+
+MINUTE = 60.0
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        pytest.param(LAYOUTS[0], id=str(LAYOUTS[0])),
+        *(pytest.param(layout, id=str(layout), marks=pytest.mark.slow) for layout in LAYOUTS[1:]),
+    ],
+)
+def test_full_disk(folder: Path, survived: Callable[..., None], layout: Layout) -> None:
+    """Room for the two checkpoints that are kept and the one that is written; then somebody else fills it."""
+    name = f"full-disk-{layout}"
+    # Saves are far apart and tried again soon, so that some fail before the disk is emptied.
+    run = write_run(folder, str(folder / "data"), name, layout, run={"max_failed_saves": 50})
+    checkpoints = Path(run.storage) / name / FOLDER
+    try:
+        disk = small_disk(checkpoints, size_mib=160)
+        disk.__enter__()
+    except OSError as error:
+        pytest.skip(f"this process may not mount a small disk: {error}")
+    try:
+        command = run.start()
+        command.read_until(FAULT_AT)
+        filler = checkpoints / "filler"
+        with open(filler, "wb", buffering=0) as file:
+            try:
+                while True:
+                    file.write(bytes(2**20))
+            except OSError:
+                pass
+        assert "No space left" in command.read_until(r"checkpoint.*failed")
+        whole = complete_checkpoints(run.folder)
+        assert whole, "the checkpoints before it are still there"
+        Checkpoint(run.folder, whole[-1]).verify()
+        filler.unlink()
+        assert command.finish() == 0, command.output
+        survived(run, "disk full during saves")
+    finally:
+        disk.__exit__(None, None, None)
+
+
+@pytest.fixture(scope="module")
+def store() -> Iterator[tuple[str, int]]:
+    server = ThreadedMotoServer(port=0)
+    server.start()
+    yield server.get_host_and_port()
+    server.stop()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_object_store_that_fails_for_a_minute(
+    folder: Path,
+    survived: Callable[..., None],
+    store: tuple[str, int],
+    monkeypatch: pytest.MonkeyPatch,
+    layout: Layout,
+) -> None:
+    """Data and run are both in it."""
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "test")
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    relay = Relay(store)
+    query = f"endpoint_override={relay.address}&scheme=http&region=us-east-1&allow_bucket_creation=true"
+    bucket = f"faults-{layout}"
+    Storage(f"s3://{bucket}?{query}").fs.create_dir(f"{bucket}/data")
+    data = Storage(f"s3://{bucket}/data?{query}")
+    local = Storage(str(folder / "data"))
+    for file in local.names():
+        data.put_file(Path(local.path(file)), file)
+    run = write_run(folder, data.uri, f"store-{layout}", layout, storage=f"s3://{bucket}/runs?{query}")
+    command = run.start()
+    command.read_until(FAULT_AT)
+    with relay.cut():
+        time.sleep(MINUTE)
+    assert command.finish() == 0, command.output
+    assert relay.refused, "somebody asked meanwhile"
+    relay.close()
+    survived(run, "object store away for a minute")
+
+
+@pytest.fixture
+def tracking(tmp_path: Path) -> Iterator[TrackingServer]:
+    server = TrackingServer(tmp_path)
+    server.start()
+    yield server
+    server.kill()
+
+
+def _tracking_server_is_away(
+    folder: Path, tracking: TrackingServer, name: str, layout: Layout, seconds: float
+) -> object:
+    run = write_run(folder, str(folder / "data"), f"{name}-{layout}", layout, tracking=tracking.uri)
+    command = run.start()
+    command.read_until(FAULT_AT)
+    tracking.kill()
+    time.sleep(seconds)
+    tracking.start()
+    assert command.finish() == 0, command.output
+    return run
+
+
+def test_tracking_server_that_is_away(
+    folder: Path, survived: Callable[..., None], tracking: TrackingServer
+) -> None:
+    run = _tracking_server_is_away(folder, tracking, "mlflow-short", LAYOUTS[0], seconds=5)
+    survived(run, "MLflow away for 5 s")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_tracking_server_that_is_away_for_a_minute(
+    folder: Path, survived: Callable[..., None], tracking: TrackingServer, layout: Layout
+) -> None:
+    survived(_tracking_server_is_away(folder, tracking, "mlflow", layout, MINUTE), "MLflow away for a minute")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_shard_that_vanishes_and_comes_back(
+    folder: Path, survived: Callable[..., None], layout: Layout
+) -> None:
+    data = folder / f"data-{layout}"
+    data.mkdir()
+    for file in (folder / "data").iterdir():
+        if file.is_file():
+            (data / file.name).hardlink_to(file)
+    run = write_run(folder, str(data), f"shard-{layout}", layout)
+    command = run.start()
+    command.read_until(FAULT_AT)
+    shards = list(data.glob("train-*.tar"))
+    assert shards
+    for shard in shards:
+        shard.rename(shard.with_suffix(".away"))
+    time.sleep(20)
+    for shard in shards:
+        shard.with_suffix(".away").rename(shard)
+    assert command.finish() == 0, command.output
+    survived(run, "shards gone for 20 s")
