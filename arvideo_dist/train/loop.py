@@ -245,6 +245,7 @@ def train(
             if bad_steps.too_many:
                 with contextlib.suppress(CheckpointError):  # the checkpoint before it is as good
                     saver.finish()
+                activity.together("goes back to earlier weights")
                 weights_step = bad_steps.go_back(step, engine)
                 save_owed = True
                 if audit is not None:
