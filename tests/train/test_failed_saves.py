@@ -5,11 +5,12 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import resource
 import subprocess
-import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import boto3
 import pytest
@@ -19,6 +20,7 @@ from moto.server import ThreadedMotoServer
 from arvideo_dist.config import RunConfigSection
 from arvideo_dist.data.loader import BadRecord
 from arvideo_dist.storage import Storage, patiently
+from arvideo_dist.train import audit as audit_module
 from arvideo_dist.train import saver as saver_module
 from arvideo_dist.train.agreement import agree
 from arvideo_dist.train.audit import Audit, applied_places
@@ -52,16 +54,10 @@ class FailingStorage(Storage):
 
 
 class Reported(list[tuple[int, int, str]]):
-    """What a saver reports; the one of a failure can be waited for."""
+    """What a saver reports."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.failed = threading.Event()
-
-    def __call__(self, step: int, failures: int, message: str) -> None:
-        self.append((step, failures, message))
-        if failures:
-            self.failed.set()
+    def __call__(self, *told: Any) -> None:
+        self.append(told)
 
 
 @contextlib.contextmanager
@@ -125,7 +121,7 @@ def _find(folder: str, disk: str | None, s3: tuple[str, int]) -> dict[str, Any]:
         "disk": None if disk is None else _fill_the_disk(Path(disk), engine),
         "s3": _lose_s3(s3, engine),
         "bad": _bad_samples_on_a_full_disk(f"{folder}/bad"),
-        "audit": _audit_on_a_full_disk(f"{folder}/audit"),
+        "audit": _audit_while_the_store_fails(f"{folder}/audit"),
     }
 
 
@@ -164,7 +160,12 @@ def _fail_once(folder: str, engine: Engine) -> dict[str, Any]:
     due.append(_due(saver))
     saver.request(3, state_at(3))
     saver.finish()
-    return {"due": due, "begun too soon": begun, "reported": report, "complete": complete_checkpoints(run)}
+    return {
+        "due": due,
+        "begun too soon": begun,
+        "reported": list(report),
+        "complete": complete_checkpoints(run),
+    }
 
 
 def test_a_failed_save_is_reported_leaves_nothing_and_is_soon_tried_again(
@@ -413,36 +414,40 @@ def test_bad_samples_are_listed_once_the_disk_has_room(found: list[dict[str, Any
     assert [rank["bad"] for rank in found] == [[2, True]] * 2
 
 
-def _audit_on_a_full_disk(folder: str) -> dict[int, list[int]]:
+def _audit_while_the_store_fails(folder: str) -> dict[int, list[int]]:
     control = dist.group.WORLD
     assert control is not None
-    opened = [acquire(Storage(folder), 60).guard if dist.get_rank() == 0 else None]
+    opened: list[Any] = [acquire(Storage(folder), 60).guard if dist.get_rank() == 0 else None]
     dist.broadcast_object_list(opened, src=0)
-    audit = Audit(opened[0], 0, control)
+    guard = opened[0]
+    audit = Audit(guard, 0, control)
     for step in (1, 2, 3):
-        limit = 40 if step == 2 else None  # bytes: half of the second line
-        with _files_limited_to(limit):
+        with mock.patch.object(guard, "check", side_effect=OSError("away") if step == 2 else None):
             audit.applied(step, [micro_batch([2 * step + dist.get_rank()])])
     audit.flush()
     dist.barrier()
     return applied_places(Storage(folder))
 
 
-@contextlib.contextmanager
-def _files_limited_to(size: int | None) -> Iterator[None]:
-    """The kernel refuses to let a file of this process grow beyond `size` bytes."""
-    import resource
-
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (soft if size is None else size, hard))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
-def test_lines_of_the_audit_that_a_disk_did_not_take_whole_are_written_later_and_once(
+def test_lines_of_the_audit_that_the_store_did_not_take_are_written_later(
     found: list[dict[str, Any]],
 ) -> None:
     assert [rank["audit"] for rank in found] == [{1: [2, 3], 2: [4, 5], 3: [6, 7]}] * 2
+
+
+def test_a_line_that_a_disk_takes_in_part_is_taken_back(tmp_path: Path) -> None:
+    """The kernel lets no file of this process grow beyond the limit: half of the second line."""
+    path = tmp_path / "lines"
+    audit_module._append(path, b"first\n")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10, hard))
+    try:
+        with pytest.raises(OSError, match="only a part"):
+            audit_module._append(path, b"second\n")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    audit_module._append(path, b"second\n")
+    assert path.read_bytes() == b"first\nsecond\n"
 
 
 def test_patience_has_an_end_and_takes_a_missing_member_for_an_answer(tmp_path: Path) -> None:

@@ -118,7 +118,7 @@ def test_nothing_is_lost_or_doubled_by_a_server_that_hangs_and_one_that_is_kille
     tracker.flush()
     assert run.names(FOLDER), "a kill now would lose nothing"
     server.go_on()
-    tracker.await_line("MLflow is back")
+    tracker.await_line("MLflow is back:")
 
     server.kill()
     _log(tracker, 8, 9)
@@ -128,7 +128,7 @@ def test_nothing_is_lost_or_doubled_by_a_server_that_hangs_and_one_that_is_kille
     tracker.await_line("MLflow is away")
     _log(tracker, 10)
     server.start()
-    assert int(tracker.await_line("MLflow is back").split()[3]) >= 5
+    assert int(tracker.await_line("MLflow is back:").split()[3]) >= 5
     tracker.finish()
 
     _assert_each_once(server.uri, run_id, last=10)
@@ -178,7 +178,7 @@ def test_points_whose_answer_was_lost_are_not_written_twice(
     _log(tracker, 1, 2)
     relay.lose = 3
     _log(tracker, 3, 4, 5)
-    tracker.await_line("MLflow is back")
+    tracker.await_line("MLflow is back:")
     relay.lose = 2
     _log(tracker, 6)
     tracker.finish(WAIT_S)
@@ -245,7 +245,7 @@ def test_a_run_that_was_deleted_in_mlflow_waits_until_it_is_restored(
         _log(tracker, 1, 2)
         tracker.await_line("MLflow is away")
         client.restore_run(run_id)
-        tracker.await_line("MLflow is back")
+        tracker.await_line("MLflow is back:")
     _assert_each_once(sqlite, run_id, last=2)
 
 
@@ -259,7 +259,7 @@ def test_points_do_not_wait_for_artifacts_that_cannot_be_stored(sqlite: str, run
         tracker.await_line("MLflow is away")
         _log(tracker, 1, 2)
         location.unlink()
-        tracker.await_line("MLflow is back")
+        tracker.await_line("MLflow is back:")
     _assert_each_once(sqlite, run_id, last=2)
     assert _content(sqlite, run_id, "file", Path(run.root)) == b"content"
 
