@@ -7,6 +7,7 @@ import datetime
 import json
 import math
 import os
+import socket
 import time
 import warnings
 from dataclasses import asdict, dataclass
@@ -250,7 +251,12 @@ def _fit_once(
 
 
 def connect(config: RunConfig) -> None:
-    """Join the named or surrounding cluster, or start Ray on this machine."""
+    """Join the named or surrounding cluster, or start Ray on this machine.
+
+    Workers are told which cluster theirs is. Else Ray Train asks the one that `ray start` left a note of on the
+    machine whether its controller lives, for 12 s at each end of its workers where that one is gone, and removes
+    the workers where it is another.
+    """
     import ray
 
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -264,11 +270,22 @@ def connect(config: RunConfig) -> None:
     os.environ["RAY_TRAIN_COLLECTIVE_TIMEOUT_S"] = str(_collective_timeout_s(config))
     address = config.cluster.address or ("auto" if _inside_ray_job() else os.environ.get("RAY_ADDRESS"))
     if address is not None:
-        ray.init(address=address)
+        here = {} if address == "auto" else {"env_vars": {"RAY_ADDRESS": address}}
+        ray.init(address=address, runtime_env=here)
         return
     # All on this machine: as many slots as asked for, so that a small machine queues nothing for ever.
     slots = max(os.cpu_count() or 1, config.cluster.max_workers * config.cluster.cpus_per_worker)
-    ray.init(address="local", num_cpus=slots)
+    port = _free_port(8265)
+    os.environ["RAY_API_SERVER_ADDRESS"] = f"http://127.0.0.1:{port}"
+    ray.init(address="local", num_cpus=slots, dashboard_port=port)
+
+
+def _free_port(preferred: int) -> int:
+    for port in (preferred, 0):
+        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)) as probe:
+            found: int = probe.getsockname()[1]
+            return found
+    raise OSError("no port of 127.0.0.1 is free for Ray's dashboard")
 
 
 def _collective_timeout_s(config: RunConfig) -> int:
