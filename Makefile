@@ -5,7 +5,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 
 DEMO_CLIPS := --width 64 --height 64 --frames 32
 
-.PHONY: setup demo test test-slow check format clean
+.PHONY: setup demo test test-slow test-faults check format clean
 
 setup: $(VENV)/.complete
 
@@ -27,6 +27,9 @@ test: setup
 
 test-slow: setup
 	$(BIN)/pytest -m slow --timeout 3600
+
+test-faults: setup
+	$(BIN)/pytest tests/faults --timeout 1800 --faults-json build/faults.json
 
 check: setup
 	$(BIN)/ruff check .
