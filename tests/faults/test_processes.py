@@ -16,7 +16,7 @@ from ray.cluster_utils import Cluster
 from tests.faults.runs import FAULT_AT, LAYOUTS, Layout, Run, write_run
 
 EACH_RANK = [(layout, rank) for layout in LAYOUTS for rank in range(layout.workers)]
-IN_MAKE_TEST = (Layout(3, 2), 1)
+IN_MAKE_TEST = (LAYOUTS[0], 1)
 
 
 def _marked(cases: list[Any], *quick: Any) -> list[Any]:
@@ -69,8 +69,7 @@ def test_killed_driver(folder: Path, survived: Callable[..., None], layout: Layo
     survived(run, "SIGKILL of the driver", commands=2)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+@pytest.mark.parametrize("layout", _marked(LAYOUTS, LAYOUTS[0]))
 def test_driver_told_to_leave(folder: Path, survived: Callable[..., None], layout: Layout) -> None:
     run = write_run(folder, str(folder / "data"), f"told-to-leave-{layout}", layout)
     command = run.start()

@@ -104,32 +104,19 @@ def tracking(tmp_path: Path) -> Iterator[TrackingServer]:
     server.kill()
 
 
-def _tracking_server_is_away(
-    folder: Path, tracking: TrackingServer, name: str, layout: Layout, seconds: float
-) -> object:
-    run = write_run(folder, str(folder / "data"), f"{name}-{layout}", layout, tracking=tracking.uri)
-    command = run.start()
-    command.read_until(FAULT_AT)
-    tracking.kill()
-    time.sleep(seconds)
-    tracking.start()
-    assert command.finish() == 0, command.output
-    return run
-
-
-def test_tracking_server_that_is_away(
-    folder: Path, survived: Callable[..., None], tracking: TrackingServer
-) -> None:
-    run = _tracking_server_is_away(folder, tracking, "mlflow-short", LAYOUTS[0], seconds=5)
-    survived(run, "MLflow away for 5 s")
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_tracking_server_that_is_away_for_a_minute(
     folder: Path, survived: Callable[..., None], tracking: TrackingServer, layout: Layout
 ) -> None:
-    survived(_tracking_server_is_away(folder, tracking, "mlflow", layout, MINUTE), "MLflow away for a minute")
+    run = write_run(folder, str(folder / "data"), f"mlflow-{layout}", layout, tracking=tracking.uri)
+    command = run.start()
+    command.read_until(FAULT_AT)
+    tracking.kill()
+    time.sleep(MINUTE)
+    tracking.start()
+    assert command.finish() == 0, command.output
+    survived(run, "MLflow away for a minute")
 
 
 @pytest.mark.slow

@@ -10,7 +10,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import psutil
 import yaml
 from mlflow.tracking import MlflowClient
 
@@ -84,21 +83,6 @@ class PretrainProcess:
     def send(self, number: signal.Signals) -> None:
         """A signal to the driver alone; its workers are other processes."""
         self._process.send_signal(number)
-
-    def kill_worker(self) -> None:
-        """SIGKILL one training worker."""
-        self.signal_worker(signal.SIGKILL)
-
-    def signal_worker(self, number: signal.Signals) -> int:
-        """Send it to one training worker; its PID."""
-        workers = [
-            child
-            for child in psutil.Process(self._process.pid).children(recursive=True)
-            if "RayTrainWorker" in " ".join(child.cmdline())
-        ]
-        assert workers, "a training worker is running"
-        workers[-1].send_signal(number)
-        return workers[-1].pid
 
     def finish(self) -> int:
         """Read to the end; the exit code."""

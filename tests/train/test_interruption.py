@@ -45,6 +45,7 @@ def _state(run: Path) -> dict[str, tuple[int, int]]:
     return {str(file): (file.stat().st_size, file.stat().st_mtime_ns) for file in files}
 
 
+@pytest.mark.slow
 def test_sigterm_saves_at_a_step_and_the_restart_continues_bit_equal(folder: Path) -> None:
     steps = 80
     whole = PretrainProcess(_arguments(folder, "uninterrupted", steps))
