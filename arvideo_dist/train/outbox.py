@@ -35,7 +35,7 @@ from arvideo_dist.train.stop import RunStoppedError
 FOLDER = "outbox"
 REFUSED = f"{FOLDER}/refused"
 _LONGEST_PAUSE_S = 15.0
-_DRAIN_S = 30.0
+_DRAIN_S = 90.0  # a run that ends while MLflow is away for a minute still sends all
 
 
 class _Base(BaseModel):

@@ -92,8 +92,8 @@ def test_object_store_that_fails_for_a_minute(
         time.sleep(MINUTE)
     assert command.finish() == 0, command.output
     assert relay.refused, "somebody asked meanwhile"
-    relay.close()
     survived(run, "object store away for a minute")
+    relay.close()
 
 
 @pytest.fixture
