@@ -1,18 +1,13 @@
-"""What a run depends on, made to fail: an object store, a tracking server, nodes, a disk."""
+"""What a run depends on, made to fail: an object store, a disk."""
 
 from __future__ import annotations
 
-import os
-import signal
 import socket
 import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-
-from mlflow.tracking import MlflowClient
 
 
 class Relay:
@@ -68,56 +63,6 @@ def _copy(source: socket.socket, sink: socket.socket) -> None:
     for end in (source, sink):
         with suppress(OSError):
             end.shutdown(socket.SHUT_RDWR)
-
-
-class TrackingServer:
-    """A real `mlflow server` on a sqlite file, which may be killed and started again at the same address."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        with socket.create_server(("127.0.0.1", 0)) as probe:
-            self._port = probe.getsockname()[1]
-        self.uri = f"http://127.0.0.1:{self._port}"
-        self._process: subprocess.Popen[str] | None = None
-
-    def start(self) -> None:
-        """Returns when it answers."""
-        self._process = subprocess.Popen(
-            [
-                *(str(Path(sys.executable).with_name("mlflow")), "server", "--workers", "1"),
-                *("--host", "127.0.0.1", "--port", str(self._port)),
-                *("--backend-store-uri", f"sqlite:///{self._folder}/server.db"),
-                *("--artifacts-destination", str(self._folder / "artifacts")),
-            ],
-            cwd=self._folder,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            start_new_session=True,
-        )
-        assert self._process.stdout is not None
-        seen, awaited = [], {"Application startup complete", "Uvicorn running on"}
-        for line in self._process.stdout:
-            seen.append(line)
-            awaited = {words for words in awaited if words not in line}
-            if not awaited:
-                break
-        assert self._process.poll() is None, "".join(seen)
-        threading.Thread(target=self._drain, args=(self._process,), daemon=True).start()
-        MlflowClient(tracking_uri=self.uri).search_experiments()
-
-    @staticmethod
-    def _drain(process: subprocess.Popen[str]) -> None:
-        """Nobody reads what it says, and a full pipe would hold it up."""
-        assert process.stdout is not None
-        with suppress(ValueError):
-            for _ in process.stdout:
-                pass
-
-    def kill(self) -> None:
-        if self._process is not None and self._process.poll() is None:
-            os.killpg(self._process.pid, signal.SIGKILL)
-            self._process.wait()
 
 
 @contextmanager

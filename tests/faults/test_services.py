@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,8 @@ from moto.server import ThreadedMotoServer
 from arvideo_dist.storage import Storage
 from arvideo_dist.train.checkpoint import FOLDER, Checkpoint, complete_checkpoints
 from tests.faults.runs import FAULT_AT, LAYOUTS, Layout, write_run
-from tests.faults.services import Relay, TrackingServer, small_disk
+from tests.faults.services import Relay, small_disk
+from tests.train.mlflow_server import MlflowServer
 
 MINUTE = 60.0
 
@@ -97,17 +99,17 @@ def test_object_store_that_fails_for_a_minute(
 
 
 @pytest.fixture
-def tracking(tmp_path: Path) -> Iterator[TrackingServer]:
-    server = TrackingServer(tmp_path)
-    server.start()
+def tracking(tmp_path: Path) -> Iterator[MlflowServer]:
+    server = MlflowServer(tmp_path)
     yield server
-    server.kill()
+    with suppress(ProcessLookupError):  # a test that failed may have left it killed
+        server.kill()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_tracking_server_that_is_away_for_a_minute(
-    folder: Path, survived: Callable[..., None], tracking: TrackingServer, layout: Layout
+    folder: Path, survived: Callable[..., None], tracking: MlflowServer, layout: Layout
 ) -> None:
     run = write_run(folder, str(folder / "data"), f"mlflow-{layout}", layout, tracking=tracking.uri)
     command = run.start()
