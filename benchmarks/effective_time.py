@@ -48,7 +48,7 @@ def measured(checkpoint: Path, restart: Path, steps: Path, method: str) -> tuple
     saves = _read(checkpoint)["rounds"]
     extra = [max(0.0, figures["asynchronous_extra_s"]) for figures in saves]
     visible = [figures["asynchronous_s"] for figures in saves]
-    restarts = [figures["restart_s"] for figures in _read(restart)["rounds"]]
+    restarts = [figures["total_s"] for figures in _read(restart)["rounds"]]
     step = _read(steps)["checks"]["vit_b_steps"]["methods"][method]["seconds_per_step"]
     return (
         Costs(step["median"], mean(extra), mean(visible), mean(restarts)),

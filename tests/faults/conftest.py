@@ -12,8 +12,6 @@ from arvideo_dist.bench.report import environment, write_json
 from tests.faults.runs import SAVE_EVERY, STEPS, Layout, Run, check_nothing_was_lost, write_run
 from tests.train.runs import make_data
 
-Table = list[dict[str, Any]]
-
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
@@ -45,20 +43,26 @@ def whole(folder: Path) -> Callable[[Layout], Run]:
     return whole
 
 
+class Table:
+    """Written after every fault, since all of them together take more than an hour."""
+
+    def __init__(self, file: Path | None) -> None:
+        self._file, self._rows = file, list[dict[str, Any]]()
+        self._head = {
+            **environment(),
+            "subject": "faults",
+            "configuration": {"steps": STEPS, "checkpoint_every_steps": SAVE_EVERY},
+        }
+
+    def note(self, row: dict[str, Any]) -> None:
+        self._rows.append(row)
+        if self._file:
+            write_json(self._file, {**self._head, "faults": self._rows})
+
+
 @pytest.fixture(scope="session")
-def table(request: pytest.FixtureRequest) -> Iterator[Table]:
-    rows: Table = []
-    yield rows
-    if path := request.config.getoption("--faults-json"):
-        write_json(
-            path,
-            {
-                **environment(),
-                "subject": "faults",
-                "configuration": {"steps": STEPS, "checkpoint_every_steps": SAVE_EVERY},
-                "faults": rows,
-            },
-        )
+def table(request: pytest.FixtureRequest) -> Table:
+    return Table(request.config.getoption("--faults-json"))
 
 
 @pytest.fixture
@@ -80,10 +84,12 @@ def survived(table: Table, whole: Callable[[Layout], Run], request: pytest.Fixtu
             "time_lost_s": round(run.seconds - reference.seconds, 1),
             "result": "failed",
         }
-        table.append(row)
         noted.append(row)
-        check_nothing_was_lost(run, reference)
-        row["result"] = "places once, losses bit-equal, points once"
+        try:
+            check_nothing_was_lost(run, reference)
+            row["result"] = "places once, losses bit-equal, points once"
+        finally:
+            table.note(row)
 
     yield survived
     assert noted, "the fault was noted"
