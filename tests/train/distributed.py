@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+import pickle
 import socket
+import tempfile
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,14 +25,13 @@ def run_ranks(world_size: int, function: Callable[..., Any], *args: Any) -> list
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    queue = mp.get_context("spawn").SimpleQueue()
-    mp.spawn(_rank, args=(world_size, port, queue, function, args), nprocs=world_size)
-    results = dict(queue.get() for _ in range(world_size))
-    return [results[rank] for rank in range(world_size)]
+    with tempfile.TemporaryDirectory() as folder:
+        mp.spawn(_rank, args=(world_size, port, Path(folder), function, args), nprocs=world_size)
+        return [pickle.loads((Path(folder) / str(rank)).read_bytes()) for rank in range(world_size)]
 
 
 def _rank(
-    rank: int, world_size: int, port: int, queue: Any, function: Callable[..., Any], args: tuple[Any, ...]
+    rank: int, world_size: int, port: int, results: Path, function: Callable[..., Any], args: tuple[Any, ...]
 ) -> None:
     os.environ.update(
         MASTER_ADDR="127.0.0.1",
@@ -41,7 +43,7 @@ def _rank(
     )
     torch.set_num_threads(1)
     dist.init_process_group("gloo", rank=rank, world_size=world_size)
-    queue.put((rank, function(*args)))
+    (results / str(rank)).write_bytes(pickle.dumps(function(*args)))
     dist.barrier()
     dist.destroy_process_group()
 
