@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 import socket
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -27,8 +27,10 @@ from arvideo_dist.train.checkpoint import FOLDER as CHECKPOINTS
 from arvideo_dist.train.checkpoint import open_newest_whole, step_of
 from arvideo_dist.train.deferred import DeferredWrites
 from arvideo_dist.train.engine import Engine
-from arvideo_dist.train.outbox import QueuedTracker
 from arvideo_dist.train.stop import RunStoppedError
+
+if TYPE_CHECKING:
+    from arvideo_dist.train.outbox import QueuedTracker  # imports MLflow, which only rank 0 needs
 
 FOLDER = "bad_steps"
 ROLLBACKS_TAG = "arvideo.rollbacks"

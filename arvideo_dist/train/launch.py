@@ -8,7 +8,6 @@ import json
 import math
 import os
 import socket
-import time
 import warnings
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -28,7 +27,7 @@ from arvideo_dist.train.engine import resolve_precision
 from arvideo_dist.train.heartbeat import Heartbeat
 from arvideo_dist.train.lease import Lease
 from arvideo_dist.train.monitor import HangWatch
-from arvideo_dist.train.preemption import stop_on_sigterm, wait_until_gone
+from arvideo_dist.train.preemption import stop_on_sigterm, wait_to_restart, wait_until_gone
 from arvideo_dist.train.stop import RESULT, Interruption, RunInterruptedError, RunStoppedError, Stopped
 
 
@@ -180,7 +179,7 @@ def _fit(config: RunConfig, derived: Derived, uri: str, run_id: str, lease: Leas
                     cause = hangs.take_reason() or cause_of(error)
                     line, pause = restarts.lost(cause, _newest(run))
                     print(line, flush=True)
-                    time.sleep(pause)
+                    wait_to_restart(lease, pause)
                     continue
                 if interruption is None:
                     return
@@ -335,9 +334,7 @@ def _train(config: RunConfig, payload: dict[str, Any]) -> Interruption | None:
 
     activity.alone("imports libraries")
     from arvideo_dist.checks.start import check_workers_start
-    from arvideo_dist.tracking import Tracker
     from arvideo_dist.train.loop import Task, train
-    from arvideo_dist.train.outbox import QueuedTracker
     from arvideo_dist.train.watch import Watch
 
     warnings.filterwarnings(
@@ -359,6 +356,9 @@ def _train(config: RunConfig, payload: dict[str, Any]) -> Interruption | None:
     check_workers_start(task.config, task.derived, task.lease, control)
     tracker: Any = contextlib.nullcontext()
     if dist.get_rank() == 0:
+        from arvideo_dist.tracking import Tracker  # imports MLflow, whose memory and time no other rank needs
+        from arvideo_dist.train.outbox import QueuedTracker
+
         to_mlflow = Tracker(task.tracking_uri, task.mlflow_run_id, task.lease.check)
         tracker = QueuedTracker(to_mlflow, task.lease.storage())
     with tracker as queue:

@@ -147,7 +147,7 @@ class Lease:
     def __init__(self, guard: Guard, record: Record) -> None:
         self.guard = guard
         self._record = record
-        self._stop: str | None = None
+        self.stop_reason: str | None = None  # why the run was asked to stop, if it was
         self._wake, self._ended = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._keep, name="lease", daemon=True)
 
@@ -173,7 +173,7 @@ class Lease:
 
     def ask_to_stop(self, reason: str) -> None:
         """Let the workers save and end at their next step; may be called by a signal handler."""
-        self._stop = reason
+        self.stop_reason = reason
         self._wake.set()
 
     def is_held(self) -> bool:
@@ -199,7 +199,7 @@ class Lease:
                 print(f"the lease of {self.guard.run_uri} was not renewed: {error}", file=sys.stderr)
 
     def _write(self, *, released: bool = False) -> None:
-        update = {"beat": self._record.beat + 1, "released": released, "stop": self._stop}
+        update = {"beat": self._record.beat + 1, "released": released, "stop": self.stop_reason}
         self._record = self._record.model_copy(update=update)
         content = self._record.model_dump_json(indent=1).encode()
         self.guard.storage().write_bytes(f"{FOLDER}/{self.guard.name}", content)

@@ -13,7 +13,7 @@ import json
 import math
 import time
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -38,7 +38,6 @@ from arvideo_dist.train.data import loader_options, training_sources, validation
 from arvideo_dist.train.deferred import DeferredWrites
 from arvideo_dist.train.engine import Engine, resolve_precision
 from arvideo_dist.train.lease import Guard
-from arvideo_dist.train.outbox import QueuedTracker
 from arvideo_dist.train.progress import Meter, Stragglers, progress_line
 from arvideo_dist.train.saver import Saver
 from arvideo_dist.train.schedule import learning_rate
@@ -46,6 +45,9 @@ from arvideo_dist.train.spikes import Spikes, spike_line
 from arvideo_dist.train.stop import RESULT, Interruption, RunStoppedError
 from arvideo_dist.train.validate import validate
 from arvideo_dist.train.watch import Watch
+
+if TYPE_CHECKING:
+    from arvideo_dist.train.outbox import QueuedTracker  # imports MLflow, which only rank 0 needs
 
 
 @dataclass(frozen=True)

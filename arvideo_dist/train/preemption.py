@@ -12,7 +12,7 @@ from types import FrameType
 from arvideo_dist.train.lease import Lease
 from arvideo_dist.train.stop import Interruption, RunInterruptedError
 
-_NODE_POLL_S = 1.0
+_POLL_S = 1.0
 _AFTER_DEADLINE_S = 60.0  # a node that Ray drains is counted as alive until its processes have ended
 
 
@@ -46,6 +46,18 @@ def stop_on_sigterm(lease: Lease, grace_s: float) -> Iterator[None]:
             signal.signal(number, handler)
 
 
+def wait_to_restart(lease: Lease, seconds: float) -> None:
+    """Wait before workers start again; RunInterruptedError as soon as the run is asked to stop meanwhile."""
+    until = time.monotonic() + seconds
+    while (left := until - time.monotonic()) > 0:
+        if lease.stop_reason:
+            raise RunInterruptedError(
+                f"{lease.stop_reason} while no workers ran; the same command continues from the latest complete "
+                "checkpoint"
+            )
+        time.sleep(min(left, _POLL_S))
+
+
 def wait_until_gone(interruption: Interruption) -> None:
     """Wait for the nodes that are leaving: Ray Train counts their CPUs and GPUs until they have left."""
     import ray
@@ -57,4 +69,4 @@ def wait_until_gone(interruption: Interruption) -> None:
         alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
         if not alive.intersection(interruption.leaving_nodes):
             return
-        time.sleep(_NODE_POLL_S)
+        time.sleep(_POLL_S)

@@ -20,6 +20,8 @@ from moto.server import ThreadedMotoServer
 from arvideo_dist.storage import Storage
 from arvideo_dist.train import lease as lease_module
 from arvideo_dist.train.lease import FOLDER, Guard, Lease, LeaseHeldError, LeaseLostError, acquire
+from arvideo_dist.train.preemption import wait_to_restart
+from arvideo_dist.train.stop import RunInterruptedError
 
 HOLD = """
 import sys, threading
@@ -182,6 +184,17 @@ def test_workers_hear_that_the_driver_wants_them_to_stop(run: Storage) -> None:
         assert workers.stop_asked() is None
         lease.ask_to_stop("SIGTERM")
     assert workers.stop_asked() == "SIGTERM"
+
+
+def test_pause_before_a_restart_ends_when_the_run_is_asked_to_stop(run: Storage) -> None:
+    with acquire(run, lease_s=3) as lease:
+        wait_to_restart(lease, 0.01)
+        asking = threading.Timer(0.1, lease.ask_to_stop, ["SIGTERM"])
+        asking.start()
+        with pytest.raises(
+            RunInterruptedError, match="SIGTERM while no workers ran; the same command continues"
+        ):
+            wait_to_restart(lease, 24 * 3600)
 
 
 def test_held_by_its_own_process_is_not_taken_for_ended() -> None:
