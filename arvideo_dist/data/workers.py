@@ -128,8 +128,8 @@ class DecodePool(Generic[BatchT]):
         if starts == _STARTS_WITHOUT_RESULT:
             raise DecodeWorkersError(
                 f"decode workers died {starts} times in a row before they delivered anything (exit codes "
-                f"{sorted({str(code) for code in dead.values()})}): check the node's memory and the size of "
-                "/dev/shm, through which clips reach the training process, or lower data.workers"
+                f"{sorted({str(code) for code in dead.values()})}): check the node's memory, which the "
+                "clips on their way to the training process share, or lower data.workers"
             ) from error
 
     def _data_loader(
