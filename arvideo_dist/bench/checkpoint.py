@@ -8,7 +8,8 @@ steps are done is waited for and counted.
 none           the steps alone
 synchronous    what a plain implementation does on the step loop's thread: safetensors' own save_file, fsync, rename
                over the file before; no digest
-asynchronous   `Saver`: copy, digest, write, fsync, manifest; the checkpoint before is deleted
+asynchronous   `Saver`: copy, digest, write, fsync, manifest; the checkpoint before is deleted. `request_s`: the
+               step loop stands still; `visible_s`: from the request until a restart may use the checkpoint
 
 Clips are small, so that the steps are short against a save; the state is that of the full model.
 """
@@ -77,7 +78,11 @@ def _run(plan: Plan, folder: Path, say: Callable[[str], None]) -> dict[str, Any]
         figures = {f"{kind}_s": seconds[kind] for kind in kinds}
         for kind in ("synchronous", "asynchronous"):
             figures[f"{kind}_extra_s"] = seconds[kind] - seconds["none"]
-        figures |= {"request_s": training.request_s, "left_after_steps_s": training.left_s}
+        figures |= {
+            "request_s": training.request_s,
+            "visible_s": training.visible_s,
+            "left_after_steps_s": training.left_s,
+        }
         rounds.append(figures)
         say(f"round {number + 1}  " + "  ".join(f"{name} {value:.2f}" for name, value in figures.items()))
     extra = {
@@ -128,15 +133,16 @@ class _Training:
         )
         self.engine = Engine(module, train, OptimConfig(), torch.device("cpu"), accumulation_steps=1)
         options = RunConfigSection(keep_last=1)
-        self._saver = Saver(Storage(str(folder)), self.engine, options, say=lambda line: None)
+        self._saver = Saver(Storage(str(folder)), self.engine, options, say=self._note_visible)
         self._plain = folder / "plain.safetensors"
         self._plan, self._step = plan, 0
-        self.request_s = self.left_s = 0.0
+        self.request_s = self.left_s = self.visible_s = 0.0
+        self._began = 0.0
 
     def seconds(self, kind: str) -> float:
         """Wall time of a save of `kind` and the steps after it."""
         os.sync()  # nobody writes back what another left
-        began = time.perf_counter()
+        began = self._began = time.perf_counter()
         if kind == "synchronous":
             self._save_plainly()
         elif kind == "asynchronous":
@@ -153,6 +159,12 @@ class _Training:
         if kind == "asynchronous":
             self.left_s = ended - done
         return ended - began
+
+    def _note_visible(self, line: str) -> None:
+        """The saver's line about a checkpoint that is complete, or about a save that failed."""
+        if "is complete" not in line:
+            raise RuntimeError(line)
+        self.visible_s = time.perf_counter() - self._began
 
     def _save_plainly(self) -> None:
         tensors = {}
