@@ -295,6 +295,50 @@ def check_checkpoints(device: torch.device) -> dict[str, Any]:
     return {"passed": max(differences.values()) < 1e-3, "largest_relative_differences": differences}
 
 
+def check_bad_steps(device: torch.device) -> dict[str, Any]:
+    """A step whose loss is NaN changes no bit of weights, moments and step count at any ZeRO stage, and the steps
+    after it are those of an engine that never met it. The forward pass, timed by the device's own clock, takes part
+    of a step's time."""
+    if importlib.util.find_spec("deepspeed") is None:
+        return {"passed": True, "skipped": "DeepSpeed is not installed"}
+    from arvideo_dist.train.zero_state import optimizer_steps, owned_fragments, state_of
+
+    def state(engine: Engine) -> list[torch.Tensor]:
+        tensors = [kind for f in owned_fragments(engine) for kind in state_of(engine, f).values()]
+        return [*(tensor.clone() for tensor in tensors), torch.tensor(optimizer_steps(engine))]
+
+    join_single_rank(device.type == "cuda")
+    bad: Any = ClipBatch(*inputs(SMALL, SMALL_DECODER, 2), weights=torch.tensor([1.0, torch.nan]))
+    stages = {}
+    for stage in range(4):
+        expected = train_steps(make_engine(fresh_model(), device, stage), 4)
+        engine = make_engine(fresh_model(), device, stage)
+        train_steps(engine, 2)
+        before = state(engine)
+        began = time.perf_counter()
+        engine.accumulate([bad], total_weight=2.0)
+        applied = engine.apply(3e-4).applied
+        forward_share = engine.forward_time.seconds() / (time.perf_counter() - began)
+        unchanged = all(torch.equal(*pair) for pair in zip(state(engine), before, strict=True))
+        losses = train_steps(engine, 2)
+        stages[stage] = {
+            "applied": applied,
+            "state_unchanged": unchanged,
+            "largest_relative_difference": max(
+                abs(a / b - 1) for a, b in zip(losses, expected[2:], strict=True)
+            ),
+            "forward_share_of_the_step": forward_share,
+        }
+    passed = all(
+        figures["state_unchanged"]
+        and not figures["applied"]
+        and figures["largest_relative_difference"] < 1e-3
+        and 0 < figures["forward_share_of_the_step"] < 1
+        for figures in stages.values()
+    )
+    return {"passed": passed, "stages": stages}
+
+
 def measure_steps(device: torch.device, micro_batch: int = 32, rounds: int = 5) -> dict[str, Any]:
     """Forward, backward and AdamW of ViT-B in bf16 on a GPU, eager and compiled: time and memory of ARVideo
     with all and with a fifth of its targets, of our VideoMAE, and of transformers' class where installed.
@@ -420,6 +464,7 @@ CHECKS: dict[str, Callable[[torch.device], dict[str, Any]]] = {
     "no_leak_in_bf16": check_no_leak,
     "zero_stages": check_zero_stages,
     "checkpoints": check_checkpoints,
+    "bad_steps": check_bad_steps,
     "planes_to_clips": check_planes_to_clips,
     "vit_b_steps": measure_steps,
 }

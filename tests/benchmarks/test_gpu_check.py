@@ -70,7 +70,8 @@ def _with_deepspeed() -> dict[str, dict]:
     """In one process, as the script runs them."""
     torch.distributed.destroy_process_group()
     module, device = _load(), torch.device("cpu")
-    return {"zero": module.check_zero_stages(device), "checkpoints": module.check_checkpoints(device)}
+    checks = ("check_zero_stages", "check_checkpoints", "check_bad_steps")
+    return {name: getattr(module, name)(device) for name in checks}
 
 
 def test_engine_checks_pass_in_bf16_on_the_cpu() -> None:
