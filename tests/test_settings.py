@@ -197,7 +197,7 @@ def test_help_documents_every_field(capsys: pytest.CaptureFixture[str]) -> None:
     assert ended.value.code == 0
     text = " ".join(capsys.readouterr().out.split())
     for section, field in RunConfig.model_fields.items():
-        for name, info in field.annotation.model_fields.items():  # type: ignore[union-attr]
+        for name, info in field.annotation.model_fields.items():
             assert f"--{section}.{name}" in text
             assert info.description, f"{section}.{name} has no description"
             assert " ".join(info.description.split()) in text

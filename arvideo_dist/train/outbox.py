@@ -23,7 +23,7 @@ from collections import Counter, deque
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
@@ -129,7 +129,7 @@ class QueuedTracker:
         self._thread = threading.Thread(target=self._send_all, name="mlflow", daemon=True)
         self._thread.start()
 
-    def __enter__(self) -> QueuedTracker:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(

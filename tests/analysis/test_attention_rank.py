@@ -59,7 +59,7 @@ def test_maps_are_the_ones_that_transformers_gives_of_the_same_weights() -> None
     config = VideoMAEConfig(
         image_size=32, patch_size=8, num_frames=4, tubelet_size=2, hidden_size=48, num_hidden_layers=2,
         num_attention_heads=3, intermediate_size=192, layer_norm_eps=1e-6, use_mean_pooling=False,
-        attn_implementation="eager",
+        attn_implementation="eager",  # type: ignore[call-arg]
     )  # fmt: skip
     theirs = VideoMAEModel(config).eval()
     own = dict(model.state_dict())

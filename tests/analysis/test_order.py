@@ -96,7 +96,7 @@ def test_command_draws_a_configuration_and_a_run(runs: Path, tmp_path: Path) -> 
     main(["order", "--model.cluster", "[4,7,7]", "--out", str(tmp_path / "a")])
     changed = draw_orders(ModelConfig(cluster=(4, 7, 7)), DECODER, seed=0)
     assert np.array_equal(np.asarray(Image.open(tmp_path / "a/order.png")), strip(changed))
-    assert Image.open(tmp_path / "a/order.gif").n_frames == 7
+    assert Image.open(tmp_path / "a/order.gif").n_frames == 7  # type: ignore[attr-defined]
     main(["order", str(runs / "arvideo"), "--out", str(tmp_path / "b")])
     run_id = json.loads((runs / "arvideo/run.json").read_text())["mlflow_run_id"]
     client = MlflowClient(tracking_uri=f"sqlite:///{runs}/mlflow.db")

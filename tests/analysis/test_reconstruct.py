@@ -157,7 +157,7 @@ def test_gif_shows_every_page_and_the_last_one_longest(tmp_path: Path) -> None:
         image.seek(number)
         assert np.array_equal(np.asarray(image.convert("RGB")), page)
         durations.append(image.info["duration"])
-    assert image.n_frames == 3
+    assert image.n_frames == 3  # type: ignore[attr-defined]
     assert durations == [500, 500, 2000]
 
 
@@ -167,7 +167,7 @@ def test_command_writes_an_animation_of_each_clip_and_logs_all_of_it(
     main(["reconstruct", str(runs / "arvideo"), "--clips", "2", "--out", str(tmp_path / "out")])
     names = {file.name for file in (tmp_path / "out").iterdir()}
     assert names == {"reconstruct.png", "reconstruct-000.gif", "reconstruct-001.gif"}
-    assert Image.open(tmp_path / "out/reconstruct-001.gif").n_frames == 8
+    assert Image.open(tmp_path / "out/reconstruct-001.gif").n_frames == 8  # type: ignore[attr-defined]
     clips = predicted_clips(runs, "arvideo")
     out = capsys.readouterr().out
     for number in range(2):

@@ -40,7 +40,7 @@ def small_shm(tmp_path: Path) -> Path:
     mount = ["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", str(tmp_path)]
     if (mounted := subprocess.run(mount, capture_output=True)).returncode:
         pytest.skip(f"needs the right to mount: {mounted.stderr.decode().strip()}")
-    yield tmp_path  # type: ignore[misc]
+    yield tmp_path
     subprocess.run(["umount", str(tmp_path)], check=True)
 
 

@@ -12,10 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import boto3
 import pytest
 from mlflow.tracking import MlflowClient
-from moto.server import ThreadedMotoServer
 
 from arvideo_dist.checks.finding import Finding, Level, retried
 from arvideo_dist.checks.stores import (
@@ -29,6 +27,7 @@ from arvideo_dist.config import RunConfig
 from arvideo_dist.data.index import manifest_name
 from arvideo_dist.storage import Storage
 from tests.data.conftest import FRAMES, write_dataset
+from tests.services.s3 import S3
 
 
 def _config(storage: str = "runs", **data: Any) -> RunConfig:
@@ -73,32 +72,19 @@ def test_read_only_storage_is_named_as_such(tmp_path: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def s3() -> Iterator[str]:
-    """`host:port` of moto's S3 with the bucket `runs`."""
-    with pytest.MonkeyPatch.context() as patch:
-        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
-            patch.setenv(name, "test")
-        server = ThreadedMotoServer(port=0)
-        server.start()
-        host, port = server.get_host_and_port()
-        client = boto3.client("s3", endpoint_url=f"http://{host}:{port}", region_name="us-east-1")
-        client.create_bucket(Bucket="runs")
-        yield f"{host}:{port}"
-        server.stop()
+def bucket(s3: S3) -> str:
+    s3.make_bucket("stores")
+    return "stores"
 
 
-def _s3(bucket: str, endpoint: str) -> RunConfig:
-    return _config(f"s3://{bucket}/folder?endpoint_override={endpoint}&scheme=http&region=us-east-1")
-
-
-def test_object_storage_is_written_read_and_cleared(s3: str) -> None:
-    config = _s3("runs", s3)
+def test_object_storage_is_written_read_and_cleared(s3: S3, bucket: str) -> None:
+    config = _config(s3.uri(f"{bucket}/folder"))
     assert check_storage(config, 100).level is Level.OK
     assert Storage(config.run.storage_path).names() == []
 
 
-def test_missing_bucket_is_an_error_at_once(s3: str) -> None:
-    found = check_storage(_s3("absent", s3), 100)
+def test_missing_bucket_is_an_error_at_once(s3: S3) -> None:
+    found = check_storage(_config(s3.uri("absent/folder")), 100)
     assert "NO_SUCH_BUCKET" in _error(found) or "does not exist" in found.message
     assert not found.passing
 
@@ -107,7 +93,7 @@ def test_store_that_does_not_answer_may_come_back() -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         closed = probe.getsockname()[1]
-    found = check_storage(_s3("runs", f"127.0.0.1:{closed}"), 100)
+    found = check_storage(_config(S3(f"127.0.0.1:{closed}").uri("stores/folder")), 100)
     assert "check run.storage_path" in _error(found)
     assert found.passing
 
@@ -271,8 +257,8 @@ def test_server_that_is_not_there_may_come_back() -> None:
     assert found.passing
 
 
-def test_address_of_something_else_is_told_from_a_server(s3: str) -> None:
-    found = check_mlflow(f"http://{s3}")
+def test_address_of_something_else_is_told_from_a_server(s3: S3) -> None:
+    found = check_mlflow(f"http://{s3.address}")
     assert "to experiments/search: check tracking.uri" in _error(found)
 
 

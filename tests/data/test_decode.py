@@ -112,7 +112,7 @@ def test_an_odd_size_keeps_its_last_lines(tmp_path: Path) -> None:
 def test_faults_of_a_file_are_bad_samples_with_a_reason(droppable: bytes, function: object) -> None:
     def reason(video: bytes, *indices: int) -> str:
         with pytest.raises(BadSample) as caught:
-            function(video, np.array(indices))  # type: ignore[operator]
+            function(video, np.array(indices))
         return str(caught.value)
 
     assert reason(droppable, 0, 150) == "frame 150 was asked for, the file has 150"

@@ -20,7 +20,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from moto.server import ThreadedMotoServer
 
 from arvideo_dist.data import loader as loader_module
 from arvideo_dist.data.cache import ShardCache
@@ -31,7 +30,8 @@ from arvideo_dist.data.order import PAD, places_of_rank
 from arvideo_dist.data.reader import DataReadError, MemberReader
 from arvideo_dist.storage import Storage
 from tests.data.conftest import FRAMES
-from tests.data.slow_store import SlowStore
+from tests.services.relays import SlowStore
+from tests.services.s3 import S3
 
 SAMPLES = 11
 
@@ -458,41 +458,24 @@ def test_any_chain_of_stops_and_world_sizes_consumes_each_place_once(data: st.Da
 
 
 @pytest.fixture(scope="module")
-def s3_address() -> Iterator[tuple[str, int]]:
-    """An S3 store (moto's server)."""
-    server = ThreadedMotoServer(port=0)
-    server.start()
-    yield server.get_host_and_port()
-    server.stop()
-
-
-@pytest.fixture(scope="module")
-def s3_dataset(dataset: Storage, s3_address: tuple[str, int]) -> Storage:
-    """The data set in the S3 store."""
-    s3_at("{}:{}".format(*s3_address), "").fs.create_dir("clips/set")
-    remote = s3_at("{}:{}".format(*s3_address))
-    for name in dataset.names():
-        remote.put_file(Path(dataset.path(name)), name)
-    return remote
-
-
-def s3_at(address: str, folder: str = "/set") -> Storage:
-    query = f"endpoint_override={address}&scheme=http&region=us-east-1&allow_bucket_creation=true"
-    return Storage(f"s3://key:secret@clips{folder}?{query}")
+def s3_dataset(dataset: Storage, s3: S3) -> Storage:
+    """The data set in an S3 store."""
+    s3.make_bucket("clips")
+    return s3.put(dataset, "clips/set")
 
 
 @pytest.fixture
-def slow_store(s3_dataset: Storage, s3_address: tuple[str, int]) -> Iterator[SlowStore]:
-    store = SlowStore(s3_address)
+def slow_store(s3_dataset: Storage, s3: S3) -> Iterator[SlowStore]:
+    store = SlowStore(s3.address)
     yield store
     store.close()
 
 
 def test_a_store_that_is_slow_for_a_while_changes_nothing(
-    slow_store: SlowStore, make_loader: Callable, expected: dict
+    s3: S3, slow_store: SlowStore, make_loader: Callable, expected: dict
 ) -> None:
     """Answers that come late, within the client's limit of 3 s; and some requests that outlast it."""
-    loader = make_loader(s3_at(slow_store.address))
+    loader = make_loader(Storage(s3.uri("clips/set", through=slow_store.address)))
     slow_store.delays.extend([0.2, 0.2, None, 0.2, None, None, 0.2])
     assert seen(loader) == expected
     assert slow_store.unanswered == 3
@@ -500,9 +483,9 @@ def test_a_store_that_is_slow_for_a_while_changes_nothing(
 
 
 def test_a_store_that_accepts_and_never_answers_ends_in_an_error_that_names_the_shard(
-    slow_store: SlowStore, make_loader: Callable
+    s3: S3, slow_store: SlowStore, make_loader: Callable
 ) -> None:
-    loader = make_loader(s3_at(slow_store.address), read_retries=0)
+    loader = make_loader(Storage(s3.uri("clips/set", through=slow_store.address)), read_retries=0)
     slow_store.hangs = True
     with pytest.raises(
         DataReadError, match=r"shard train-00000\d\.tar of .* 1 attempts .*Timeout was reached"

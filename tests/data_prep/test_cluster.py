@@ -46,7 +46,7 @@ def after(videos: int, monkeypatch: pytest.MonkeyPatch) -> threading.Event:
 
     def watched(*arguments: object) -> Iterator[object]:
         nonlocal seen
-        for result in work(*arguments):  # type: ignore[arg-type]
+        for result in work(*arguments):
             seen += isinstance(result, Outcome)
             if seen >= videos:
                 reached.set()

@@ -147,7 +147,7 @@ def test_ava_boxes_are_placed_on_the_written_pictures(shared_dir: Path, tmp_path
     )
     placed = boxes.placed(item.extra["boxes"], item.extra["video_start"], 0.08, video)
     assert placed["boxes_outside"] == 0
-    assert placed["boxes"][0] == {  # type: ignore[index]
+    assert placed["boxes"][0] == {
         "movie_second": 902.0,
         "frame": 48,  # (902 - 900 - 0.08) s at 25 a second
         "box": [0.002, 0.118, 0.714, 0.977],

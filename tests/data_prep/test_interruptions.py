@@ -91,7 +91,7 @@ def small_disk(tmp_path: Path) -> Path:
     )
     if mounted.returncode:
         pytest.skip(f"a full disk needs the right to mount: {mounted.stderr.decode().strip()}")
-    yield folder  # type: ignore[misc]
+    yield folder
     subprocess.run(["umount", str(folder)], check=True)
 
 

@@ -3,38 +3,28 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
 from pathlib import Path
 
 import boto3
 import pytest
-from moto.server import ThreadedMotoServer
 
 from arvideo_dist.data.index import load_manifest, open_index
 from arvideo_dist.storage import Storage
 from tests.data_prep.runs import SMALL, digests, prepare
-
-
-@pytest.fixture(scope="module")
-def endpoint() -> Iterator[str]:
-    server = ThreadedMotoServer(port=0)
-    server.start()
-    host, port = server.get_host_and_port()
-    yield f"{host}:{port}"
-    server.stop()
+from tests.services.s3 import S3
 
 
 @pytest.fixture
-def bucket(endpoint: str, monkeypatch: pytest.MonkeyPatch) -> str:
+def bucket(s3: S3, monkeypatch: pytest.MonkeyPatch) -> str:
     """URI of a fresh bucket's folder."""
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.setenv(name, "test")
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
-    client = boto3.client("s3", endpoint_url=f"http://{endpoint}", region_name="us-east-1")
+    client = boto3.client("s3", endpoint_url=f"http://{s3.address}", region_name="us-east-1")
     client.create_bucket(Bucket="videos")
     for found in client.list_objects_v2(Bucket="videos").get("Contents", []):
         client.delete_object(Bucket="videos", Key=found["Key"])
-    return f"s3://videos/sets/toy?endpoint_override={endpoint}&scheme=http&region=us-east-1"
+    return f"s3://videos/sets/toy?endpoint_override={s3.address}&scheme=http&region=us-east-1"
 
 
 def test_the_same_bytes_as_on_disk(bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import psutil
 from mlflow.tracking import MlflowClient
 
 from arvideo_dist.storage import Storage
@@ -84,19 +83,6 @@ class Command(PretrainProcess):
         code = super().finish()
         self._run.seconds += time.monotonic() - self._began
         return code
-
-    def worker(self, rank: int) -> psutil.Process:
-        """The training worker of `rank`: Ray names no rank, but what a worker has started inherits it."""
-        for process in psutil.Process(self.pid).children(recursive=True):
-            if "RayTrainWorker" in " ".join(process.cmdline()) and rank_of(process) == rank:
-                return process
-        raise AssertionError(f"no worker of rank {rank}:\n{self.output}")
-
-
-def rank_of(worker: psutil.Process) -> int | None:
-    ranks = {child.environ().get("RANK") for child in worker.children(recursive=True)} - {None}
-    assert len(ranks) <= 1
-    return int(ranks.pop() or 0) if ranks else None
 
 
 def write_run(

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import pytest
-from moto.server import ThreadedMotoServer
 
 from arvideo_dist.storage import Storage
 from arvideo_dist.train.checkpoint import FOLDER, Checkpoint, complete_checkpoints
 from tests.faults.runs import FAULT_AT, LAYOUTS, Layout, write_run
-from tests.faults.services import Relay, small_disk
-from tests.train.mlflow_server import MlflowServer
+from tests.services.disk import small_disk
+from tests.services.mlflow_server import MlflowServer
+from tests.services.relays import CutOff
+from tests.services.s3 import S3
 
 MINUTE = 60.0
 
@@ -32,21 +33,17 @@ def test_full_disk(folder: Path, survived: Callable[..., None], layout: Layout) 
     # Saves are far apart and tried again soon, so that some fail before the disk is emptied.
     run = write_run(folder, str(folder / "data"), name, layout, run={"max_failed_saves": 50})
     checkpoints = Path(run.storage) / name / FOLDER
-    try:
-        disk = small_disk(checkpoints, size_mib=160)
-        disk.__enter__()
-    except OSError as error:
-        pytest.skip(f"this process may not mount a small disk: {error}")
-    try:
+    with ExitStack() as mounted:
+        try:
+            mounted.enter_context(small_disk(checkpoints, size_mib=160))
+        except OSError as error:
+            pytest.skip(f"this process may not mount a small disk: {error}")
         command = run.start()
         command.read_until(FAULT_AT)
         filler = checkpoints / "filler"
-        with open(filler, "wb", buffering=0) as file:
-            try:
-                while True:
-                    file.write(bytes(2**20))
-            except OSError:
-                pass
+        with open(filler, "wb", buffering=0) as file, suppress(OSError):
+            while True:
+                file.write(bytes(2**20))
         assert "No space left" in command.read_until(r"checkpoint.*failed")
         whole = complete_checkpoints(run.folder)
         assert whole, "the checkpoints before it are still there"
@@ -54,16 +51,6 @@ def test_full_disk(folder: Path, survived: Callable[..., None], layout: Layout) 
         filler.unlink()
         assert command.finish() == 0, command.output
         survived(run, "disk full during saves")
-    finally:
-        disk.__exit__(None, None, None)
-
-
-@pytest.fixture(scope="module")
-def store() -> Iterator[tuple[str, int]]:
-    server = ThreadedMotoServer(port=0)
-    server.start()
-    yield server.get_host_and_port()
-    server.stop()
 
 
 @pytest.mark.slow
@@ -71,23 +58,15 @@ def store() -> Iterator[tuple[str, int]]:
 def test_object_store_that_fails_for_a_minute(
     folder: Path,
     survived: Callable[..., None],
-    store: tuple[str, int],
-    monkeypatch: pytest.MonkeyPatch,
+    s3: S3,
     layout: Layout,
 ) -> None:
     """Data and run are both in it."""
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test")
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "test")
-    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
-    relay = Relay(store)
-    query = f"endpoint_override={relay.address}&scheme=http&region=us-east-1&allow_bucket_creation=true"
-    bucket = f"faults-{layout}"
-    Storage(f"s3://{bucket}?{query}").fs.create_dir(f"{bucket}/data")
-    data = Storage(f"s3://{bucket}/data?{query}")
-    local = Storage(str(folder / "data"))
-    for file in local.names():
-        data.put_file(Path(local.path(file)), file)
-    run = write_run(folder, data.uri, f"store-{layout}", layout, storage=f"s3://{bucket}/runs?{query}")
+    relay, bucket = CutOff(s3.address), f"faults-{layout}"
+    s3.make_bucket(bucket)
+    s3.put(Storage(str(folder / "data")), f"{bucket}/data")
+    data, runs = (s3.uri(f"{bucket}/{name}", through=relay.address) for name in ("data", "runs"))
+    run = write_run(folder, data, f"store-{layout}", layout, storage=runs)
     command = run.start()
     command.read_until(FAULT_AT)
     with relay.cut():

@@ -46,7 +46,7 @@ class StoppingStorage(Storage):
     def streaming(self, name: str) -> Iterator[IO[bytes]]:
         with super().streaming(name) as file:
             self._reached("part begun", name)
-            yield _Half(file, lambda: self._reached("part half", name))  # type: ignore[misc]
+            yield _Half(file, lambda: self._reached("part half", name))
         self._reached("part written", name)
 
     def write_bytes(self, name: str, data: bytes) -> None:

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import psutil
 import yaml
 from mlflow.tracking import MlflowClient
 
@@ -84,6 +85,13 @@ class PretrainProcess:
         """A signal to the driver alone; its workers are other processes."""
         self._process.send_signal(number)
 
+    def worker(self, rank: int) -> psutil.Process:
+        """The training worker of `rank`: Ray names no rank, but what a worker has started inherits it."""
+        for process in psutil.Process(self.pid).children(recursive=True):
+            if "RayTrainWorker" in " ".join(process.cmdline()) and _rank_of(process) == rank:
+                return process
+        raise AssertionError(f"no worker of rank {rank}:\n{self.output}")
+
     def finish(self) -> int:
         """Read to the end; the exit code."""
         assert self._process.stdout is not None
@@ -93,6 +101,12 @@ class PretrainProcess:
     @property
     def output(self) -> str:
         return "".join(self.lines)
+
+
+def _rank_of(worker: psutil.Process) -> int | None:
+    ranks = {child.environ().get("RANK") for child in worker.children(recursive=True)} - {None}
+    assert len(ranks) <= 1
+    return int(ranks.pop() or 0) if ranks else None
 
 
 def history(

@@ -436,10 +436,10 @@ def test_a_fourth_way_back_to_the_same_weights_is_refused(tmp_path: Path) -> Non
     chain = [{"step": 503, "to_step": 500}, {"step": 510, "to_step": 503}, {"step": 520, "to_step": 510}]
     run = Storage(str(tmp_path))
     notes = DeferredWrites(run)
-    bad_steps = BadSteps(run, notes, TrainConfig(), lambda places: [], None, None)  # type: ignore[arg-type]
+    bad_steps = BadSteps(run, notes, TrainConfig(), lambda places: [], None, None)
     bad_steps.restore({"steps": [], "in_a_row": 3, "rollbacks": chain})
     with pytest.raises(RunStoppedError, match="gone back 3 times without a checkpoint of newer weights"):
-        bad_steps.go_back(530, engine=None)  # type: ignore[arg-type]
+        bad_steps.go_back(530, engine=None)
     chain[-1]["to_step"] = 515  # a checkpoint in between, as the schedule makes them
     assert bad_steps._rollbacks_to_same_weights() == 1
 

@@ -7,14 +7,11 @@ import io
 import json
 import pickle
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
-import boto3
 import pytest
 import torch
 import torch.distributed as dist
-from moto.server import ThreadedMotoServer
 
 from arvideo_dist.config import DecoderConfig, ModelConfig, OptimConfig, TrainConfig
 from arvideo_dist.model.arvideo import ARVideo
@@ -29,6 +26,7 @@ from arvideo_dist.train.checkpoint import (
 )
 from arvideo_dist.train.engine import Engine
 from arvideo_dist.train.stop import RunStoppedError
+from tests.services.s3 import S3
 from tests.train.distributed import make_saver, run_ranks
 
 MODEL = ModelConfig(encoder="demo", frames=4, image_size=16, tubelet=(2, 8, 8), cluster=(1, 1, 2))
@@ -36,27 +34,13 @@ DECODER = DecoderConfig(width=64, depth=1)
 
 
 @pytest.fixture(scope="module")
-def s3() -> Iterator[str]:
-    """URI of a folder in a bucket of moto's S3 server."""
-    with pytest.MonkeyPatch.context() as patch:
-        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
-            patch.setenv(name, "test")
-        server = ThreadedMotoServer(port=0)
-        server.start()
-        host, port = server.get_host_and_port()
-        boto3.client("s3", endpoint_url=f"http://{host}:{port}", region_name="us-east-1").create_bucket(
-            Bucket="runs"
-        )
-        yield f"s3://runs/one?endpoint_override={host}:{port}&scheme=http&region=us-east-1"
-        server.stop()
-
-
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory: pytest.TempPathFactory, s3: str) -> tuple[Path, Storage, Storage]:
+def saved(tmp_path_factory: pytest.TempPathFactory, s3: S3) -> tuple[Path, Storage, Storage]:
     """Four saves by two ranks at ZeRO-2, the newest two kept: the local folder, and both storages."""
     local = tmp_path_factory.mktemp("run")
-    assert run_ranks(2, _save, str(local), s3) == [None, None]
-    return local, Storage(str(local)), Storage(s3)
+    s3.make_bucket("checkpoints")
+    remote = s3.uri("checkpoints/one")
+    assert run_ranks(2, _save, str(local), remote) == [None, None]
+    return local, Storage(str(local)), Storage(remote)
 
 
 def _save(*uris: str) -> None:

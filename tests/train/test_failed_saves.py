@@ -6,16 +6,13 @@ import contextlib
 import json
 import os
 import resource
-import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import boto3
 import pytest
 import torch.distributed as dist
-from moto.server import ThreadedMotoServer
 
 from arvideo_dist.config import RunConfigSection
 from arvideo_dist.data.loader import BadRecord
@@ -31,7 +28,9 @@ from arvideo_dist.train.engine import Engine
 from arvideo_dist.train.lease import LeaseLostError, acquire
 from arvideo_dist.train.saver import Saver
 from arvideo_dist.train.stop import RunStoppedError
-from tests.data.slow_store import SlowStore
+from tests.services.disk import small_disk
+from tests.services.relays import CutOff
+from tests.services.s3 import S3
 from tests.train.distributed import run_ranks
 from tests.train.keyed import micro_batch, new_engine, new_model, state_at, train_steps
 
@@ -76,39 +75,23 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def full_disk(folder: Path) -> Iterator[Path | None]:
     """A file system of FULL_DISK_MIB; None where this user may not mount one."""
-    disk = folder / "disk"
-    disk.mkdir()
-    options = ["-t", "tmpfs", "-o", f"size={FULL_DISK_MIB}m", "tmpfs", str(disk)]
-    mounted = os.geteuid() == 0 and subprocess.run(["mount", *options], capture_output=True).returncode == 0
-    yield disk if mounted else None
-    if mounted:
-        subprocess.run(["umount", str(disk)], check=True)
+    with contextlib.ExitStack() as mounted:
+        try:
+            mounted.enter_context(small_disk(folder / "disk", FULL_DISK_MIB))
+        except OSError:
+            yield None
+        else:
+            yield folder / "disk"
 
 
 @pytest.fixture(scope="module")
-def s3() -> Iterator[tuple[SlowStore, str]]:
-    """moto's S3 behind a relay that can be told to answer nothing, and the URI of a bucket there."""
-    server = ThreadedMotoServer(port=0)
-    server.start()
-    host, port = server.get_host_and_port()
-    keys = {"aws_access_key_id": "test", "aws_secret_access_key": "test"}
-    boto3.client("s3", endpoint_url=f"http://{host}:{port}", region_name="us-east-1", **keys).create_bucket(
-        Bucket="saves"
-    )
-    yield (
-        (host, port),
-        f"s3://test:test@saves?endpoint_override={host}:{port}&scheme=http&region=us-east-1",
-    )
-    server.stop()
-
-
-@pytest.fixture(scope="module")
-def found(folder: Path, full_disk: Path | None, s3: Any) -> list[dict[str, Any]]:
+def found(folder: Path, full_disk: Path | None, s3: S3) -> list[dict[str, Any]]:
     """What two ranks found, by rank; all in one pair of processes, since starting one costs seconds."""
-    return run_ranks(2, _find, str(folder), full_disk and str(full_disk), s3[0])
+    s3.make_bucket("saves")
+    return run_ranks(2, _find, str(folder), full_disk and str(full_disk), s3)
 
 
-def _find(folder: str, disk: str | None, s3: tuple[str, int]) -> dict[str, Any]:
+def _find(folder: str, disk: str | None, s3: S3) -> dict[str, Any]:
     engine = new_engine(new_model(), stage=0)
     return {
         "once": _fail_once(f"{folder}/once", engine),
@@ -351,19 +334,16 @@ def test_a_full_disk_leaves_the_checkpoint_before_and_no_partial_file(found: lis
         assert rank["disk"]["taken"] <= 0
 
 
-def _lose_s3(upstream: tuple[str, int], engine: Engine) -> dict[str, Any]:
-    relay, report = SlowStore(upstream), Reported()
-    run = Storage(
-        f"s3://test:test@saves?endpoint_override={relay.address}&scheme=http&region=us-east-1"
-    ).child("run")
+def _lose_s3(s3: S3, engine: Engine) -> dict[str, Any]:
+    relay, report = CutOff(s3.address), Reported()
+    run = Storage(s3.uri("saves/run", through=relay.address))
     saver = _saver(run, engine, report)
     saver.request(1, state_at(1))
     saver.finish()
-    upstream_now, relay.upstream = relay.upstream, ("127.0.0.1", 1)  # nobody answers there
-    saver.request(2, state_at(2))
-    train_steps(engine, 2, 3, 4, saver)
-    _ended(saver)
-    relay.upstream = upstream_now
+    with relay.cut():
+        saver.request(2, state_at(2))
+        train_steps(engine, 2, 3, 4, saver)
+        _ended(saver)
     dist.barrier()
     before = complete_checkpoints(run)
     with _pauses(0.0):

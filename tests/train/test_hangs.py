@@ -45,11 +45,12 @@ def test_a_stopped_rank_is_named_and_the_run_restarts_by_itself_to_the_same_loss
     stopped = PretrainProcess(_arguments(folder, "stopped"))
     stopped.read_until(r"checkpoint step-\d+ is complete")
     stopped.read_until(r"step 1[3-9]/40")
-    pid = stopped.signal_worker(signal.SIGSTOP)
+    guilty = 1
+    worker = stopped.worker(guilty)
+    pid = worker.pid
+    worker.send_signal(signal.SIGSTOP)
     said = stopped.read_until(r"the run hangs: ")
-    found = re.search(rf"rank (\d) \(pid {pid} on \S+\) has sent no heartbeat for \d+ s", said)
-    assert found is not None, said
-    guilty = int(found[1])
+    assert re.search(rf"rank {guilty} \(pid {pid} on \S+\) has sent no heartbeat for \d+ s", said), said
     state = stopped.read_until(rf"rank {guilty} \(pid {pid} on \S+\): process")
     assert f"process {pid}, stopped" in state
     line = stopped.read_until(r"workers were lost: no rank has made progress for run.hung_s 20")

@@ -6,38 +6,18 @@ import multiprocessing as mp
 import random
 import time
 import uuid
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from multiprocessing.connection import wait
 from pathlib import Path
 
-import boto3
 import pytest
-from moto.server import ThreadedMotoServer
 
 from arvideo_dist.storage import Storage
 from arvideo_dist.train.checkpoint import FOLDER, Checkpoint, complete_checkpoints, step_of
+from tests.services.s3 import S3
 from tests.train.killed_ranks import MOMENTS, SAVE_EVERY, train_until_killed
 
 WORLD_SIZE = 2
-
-
-@pytest.fixture(scope="module")
-def s3() -> Iterator[str]:
-    """URI of a bucket of moto's S3 server."""
-    server = ThreadedMotoServer(port=0)
-    server.start()
-    host, port = server.get_host_and_port()
-    boto3.client(
-        "s3",
-        endpoint_url=f"http://{host}:{port}",
-        region_name="us-east-1",
-        aws_access_key_id="test",
-        aws_secret_access_key="test",
-    ).create_bucket(Bucket="kills")
-    # With the credentials in it: a fork server does not pass on what is added to the environment.
-    yield f"s3://test:test@kills?endpoint_override={host}:{port}&scheme=http&region=us-east-1"
-    server.stop()
 
 
 @dataclass
@@ -90,7 +70,7 @@ class Lives:
 
     def _until_there(self, readers: list) -> bool:
         for reader in wait(readers):
-            message = reader.recv()  # type: ignore[union-attr]
+            message = reader.recv()  # type: ignore[call-arg]
             if message == "there":
                 return False
             if reader is readers[0]:
@@ -142,5 +122,6 @@ def test_twenty_kills_on_disk(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_twenty_kills_on_s3(tmp_path: Path, s3: str) -> None:
-    assert _many_lives(Storage(s3).child("run"), tmp_path, seed=2, kills=24).complete
+def test_twenty_kills_on_s3(tmp_path: Path, s3: S3) -> None:
+    s3.make_bucket("kills")
+    assert _many_lives(Storage(s3.uri("kills/run")), tmp_path, seed=2, kills=24).complete

@@ -13,15 +13,14 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import boto3
 import pytest
-from moto.server import ThreadedMotoServer
 
 from arvideo_dist.storage import Storage
 from arvideo_dist.train import lease as lease_module
 from arvideo_dist.train.lease import FOLDER, Guard, Lease, LeaseHeldError, LeaseLostError, acquire
 from arvideo_dist.train.preemption import wait_to_restart
 from arvideo_dist.train.stop import RunInterruptedError
+from tests.services.s3 import S3
 
 HOLD = """
 import sys, threading
@@ -34,19 +33,10 @@ with acquire(Storage(sys.argv[1]), float(sys.argv[2])) as lease:
 
 
 @pytest.fixture(scope="module")
-def bucket() -> Iterator[str]:
-    """Host and port of moto's S3 server with a bucket `runs`."""
-    with pytest.MonkeyPatch.context() as patch:
-        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
-            patch.setenv(name, "test")
-        server = ThreadedMotoServer(port=0)
-        server.start()
-        host, port = server.get_host_and_port()
-        boto3.client("s3", endpoint_url=f"http://{host}:{port}", region_name="us-east-1").create_bucket(
-            Bucket="runs"
-        )
-        yield f"{host}:{port}"
-        server.stop()
+def bucket(s3: S3) -> str:
+    """URI of a bucket."""
+    s3.make_bucket("leases")
+    return s3.uri("leases")
 
 
 @pytest.fixture(params=["local", "s3"])
@@ -54,8 +44,7 @@ def run(request: pytest.FixtureRequest, tmp_path: Path) -> Storage:
     """An empty run folder, on disk and on S3."""
     if request.param == "local":
         return Storage(str(tmp_path / "run"))
-    host = request.getfixturevalue("bucket")
-    return Storage(f"s3://runs/{tmp_path.name}?endpoint_override={host}&scheme=http&region=us-east-1")
+    return Storage(request.getfixturevalue("bucket")).child(tmp_path.name)
 
 
 @pytest.fixture

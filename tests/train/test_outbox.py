@@ -19,7 +19,8 @@ from arvideo_dist.storage import Storage
 from arvideo_dist.tracking import RUN_FILE, Tracker, close_run, open_run
 from arvideo_dist.train.lease import LeaseLostError
 from arvideo_dist.train.outbox import FOLDER, REFUSED, QueuedTracker, say_unsent
-from tests.train.mlflow_server import LossyRelay, MlflowServer, free_port
+from tests.services.mlflow_server import MlflowServer, free_port
+from tests.services.relays import LosesAnswers
 
 WAIT_S = 60.0
 
@@ -173,8 +174,8 @@ def test_points_whose_answer_was_lost_are_not_written_twice(
     server: MlflowServer, run: FailingStorage
 ) -> None:
     run_id = _new_run(server.uri)
-    relay = LossyRelay(server.port)
-    tracker = _queued(relay.uri, run_id, run)
+    relay = LosesAnswers(f"127.0.0.1:{server.port}")
+    tracker = _queued(f"http://{relay.address}", run_id, run)
     _log(tracker, 1, 2)
     relay.lose = 3
     _log(tracker, 3, 4, 5)

@@ -51,10 +51,10 @@ def test_pauses_grow_so_that_a_store_may_be_away_for_minutes() -> None:
 def test_the_rank_that_died_is_named_before_those_that_lost_their_neighbour() -> None:
     died = WorkerHealthCheckFailedError("A worker health check failed.", failure=ActorDiedError())
     lost = RuntimeError("[../gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:1")
-    error = ray.train.WorkerGroupError("lost", worker_failures={0: lost, 1: died, 2: lost})  # type: ignore[attr-defined]
+    error = ray.train.WorkerGroupError("lost", worker_failures={0: lost, 1: died, 2: lost})
     assert cause_of(error).startswith("rank 1 (and 2 more ranks): its process ended")
     root = ValueError("a shard is gone")
     outer = RuntimeError("while it trained")
     outer.__cause__ = root
-    error = ray.train.WorkerGroupError("lost", worker_failures={0: lost, 3: outer})  # type: ignore[attr-defined]
+    error = ray.train.WorkerGroupError("lost", worker_failures={0: lost, 3: outer})
     assert cause_of(error) == "rank 3 (and 1 more ranks): ValueError: a shard is gone"

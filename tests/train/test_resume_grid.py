@@ -42,7 +42,7 @@ def _fit(folder: Path, world_size: int, resumed: bool) -> dict[str, list[float]]
 
     api: Any = ray.train
     trainer: Any = TorchTrainer(
-        _worker,  # type: ignore[arg-type]
+        _worker,
         train_loop_config={"folder": str(folder), "resumed": resumed},
         scaling_config=api.ScalingConfig(num_workers=world_size, resources_per_worker={"CPU": 1}),
         torch_config=TorchConfig(backend="gloo", timeout_s=600),

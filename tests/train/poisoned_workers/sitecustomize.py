@@ -31,7 +31,7 @@ class _Finder(MetaPathFinder):
             poison.__enter__()
             module.__dict__["_poison"] = poison  # collected, it would end
 
-        spec.loader.exec_module = exec_module  # type: ignore[method-assign]
+        spec.loader.exec_module = exec_module
         assert isinstance(spec.loader, Loader)
         return spec
 

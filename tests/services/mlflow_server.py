@@ -1,4 +1,4 @@
-"""A real MLflow server on sqlite that can hang, be killed and come back, and a relay that loses answers."""
+"""A real MLflow server on sqlite that can hang, be killed and come back."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import subprocess
 import sys
 import threading
 import urllib.request
-from contextlib import suppress
 from pathlib import Path
 
 
@@ -65,44 +64,3 @@ class MlflowServer:
     def kill(self) -> None:
         os.killpg(self._process.pid, signal.SIGKILL)  # it is a tree of processes
         self._process.wait()
-
-
-class LossyRelay:
-    """Relays connections to `port`, but the next `lose` answers, which it drops together with the connection."""
-
-    def __init__(self, port: int) -> None:
-        self._port = port
-        self.lose = 0
-        self.lost = 0
-        self._server = socket.create_server(("127.0.0.1", 0))
-        self.uri = "http://{}:{}".format(*self._server.getsockname())
-        threading.Thread(target=self._accept, daemon=True).start()
-
-    def close(self) -> None:
-        self._server.close()
-
-    def _accept(self) -> None:
-        with suppress(OSError):  # closed
-            while True:
-                client, _ = self._server.accept()
-                threading.Thread(target=self._relay, args=(client,), daemon=True).start()
-
-    def _relay(self, client: socket.socket) -> None:
-        with client, socket.create_connection(("127.0.0.1", self._port)) as server:
-            threading.Thread(target=_copy, args=(client, server), daemon=True).start()
-            with suppress(OSError):
-                while answer := server.recv(2**16):
-                    if self.lose:
-                        self.lose -= 1
-                        self.lost += 1
-                        client.shutdown(socket.SHUT_RDWR)
-                        return
-                    client.sendall(answer)
-                client.shutdown(socket.SHUT_RDWR)
-
-
-def _copy(source: socket.socket, sink: socket.socket) -> None:
-    with suppress(OSError):
-        while data := source.recv(2**16):
-            sink.sendall(data)
-        sink.shutdown(socket.SHUT_RDWR)
