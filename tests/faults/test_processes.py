@@ -16,6 +16,8 @@ from ray.cluster_utils import Cluster
 from tests.faults.runs import FAULT_AT, LAYOUTS, Layout, Run, write_run
 
 EACH_RANK = [(layout, rank) for layout in LAYOUTS for rank in range(layout.workers)]
+# Which rank it is makes no difference to who is blamed (tests/train/test_monitor.py): first and last are here.
+STOPPED_RANKS = [(LAYOUTS[0], 1), (LAYOUTS[1], 0), (LAYOUTS[2], 3)]
 IN_MAKE_TEST = (LAYOUTS[0], 1)
 
 
@@ -42,7 +44,7 @@ def test_killed_rank(folder: Path, survived: Callable[..., None], case: tuple[La
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", EACH_RANK, ids=_name)
+@pytest.mark.parametrize("case", STOPPED_RANKS, ids=_name)
 def test_stopped_rank(folder: Path, survived: Callable[..., None], case: tuple[Layout, int]) -> None:
     layout, rank = case
     run = write_run(folder, str(folder / "data"), f"stopped-rank{rank}-{layout}", layout, run={"hung_s": 30})
