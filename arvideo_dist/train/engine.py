@@ -3,6 +3,10 @@
 Parameters are fp32 at every stage; bf16 is DeepSpeed's torch autocast over them. (DeepSpeed's own `bf16` mode
 takes a dummy Adam step at stage 0 in 0.19.8; autocast is right at stages 0 to 3 and makes a checkpoint mean
 the same at all of them.)
+
+Gradients are summed over ranks, and ZeRO-3's weights gathered, in fp32. For linear layers DeepSpeed's default
+under autocast is bf16, which rounds sums over ranks; and where ZeRO-3 gathers anew what it had kept whole, weights
+that are used in fp32 are rounded too, so that a run that was resumed was not bit-equal to one that was not.
 """
 
 from __future__ import annotations
@@ -141,19 +145,7 @@ class Engine:
         if self.stage == 0:
             return self._apply_plain()
         self._deepspeed.step()
-        applied = self._deepspeed.was_step_applied()
-        if not applied:
-            self.gather_persistent()
-        return Update(applied, self._deepspeed.get_global_grad_norm())
-
-    def gather_persistent(self) -> None:
-        """Make the parameters whole that ZeRO-3 leaves whole between steps, being small. Collective.
-
-        DeepSpeed does it after an applied step, in fp32. Else the next forward pass does it, under autocast in
-        bf16, so that the step after one that was left out would see rounded weights.
-        """
-        if self.stage == 3 and (persistent := self.zero_optimizer.persistent_parameters):
-            persistent[0].all_gather(persistent)
+        return Update(self._deepspeed.was_step_applied(), self._deepspeed.get_global_grad_norm())
 
     def _apply_plain(self) -> Update:
         # DeepSpeed keeps no norm at stage 0 in fp32; gradients are whole and reduced there.
@@ -219,5 +211,5 @@ def _deepspeed_config(
         "steps_per_print": 2**31,  # the loop prints progress itself
     }
     if resolve_precision(train, device) == "bf16":
-        config["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
+        config["torch_autocast"] = {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []}
     return config

@@ -113,7 +113,6 @@ def set_weights(engine: Engine, weights: Iterable[tuple[Fragment, torch.Tensor]]
     if engine.stage == 3:
         for sub_group in range(len(zero.fp16_groups)):
             zero._reassign_or_swap_out_partitioned_parameters(sub_group)
-        engine.gather_persistent()
     elif engine.stage:
         zero.update_lp_params()
 

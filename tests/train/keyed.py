@@ -39,13 +39,15 @@ def new_model() -> ARVideo:
         return ARVideo(MODEL, DECODER)
 
 
-def new_engine(model: ARVideo, stage: int) -> Engine:
-    train = TrainConfig(global_batch=GLOBAL_BATCH, micro_batch=MICRO_BATCH, zero_stage=stage)
+def new_engine(model: ARVideo, stage: int, precision: str = "fp32") -> Engine:
+    train = TrainConfig(
+        global_batch=GLOBAL_BATCH, micro_batch=MICRO_BATCH, zero_stage=stage, precision=precision
+    )
     accumulation = -(-GLOBAL_BATCH // (MICRO_BATCH * dist.get_world_size()))
     return Engine(model, train, OptimConfig(), torch.device("cpu"), accumulation)
 
 
-def resumed_engine(run: Storage, stage: int) -> tuple[Engine, int]:
+def resumed_engine(run: Storage, stage: int, precision: str = "fp32") -> tuple[Engine, int]:
     """An engine from the newest complete checkpoint of `run`, and the step that it stands at."""
     checkpoint = Checkpoint(run, complete_checkpoints(run)[-1])
     checkpoint.verify()
@@ -54,7 +56,7 @@ def resumed_engine(run: Storage, stage: int) -> tuple[Engine, int]:
         for parameter in model.parameters():  # nothing of the start weights may survive
             parameter.fill_(float("nan"))
     checkpoint.load_weights(model)
-    engine = new_engine(model, stage)
+    engine = new_engine(model, stage, precision)
     checkpoint.load_optimizer(engine)
     return engine, checkpoint.state["position"] // GLOBAL_BATCH
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -21,16 +22,23 @@ from tests.train.keyed import (
     train_steps,
 )
 
-Layout = tuple[int, int]  # world size, ZeRO stage
+
+class Layout(NamedTuple):
+    world_size: int
+    stage: int
+    precision: str = "fp32"
+
+
 STEPS, STOP = 6, 3
-SAME = [(2, 0), (2, 1), (2, 2), (2, 3)]
+SAME = [Layout(2, stage) for stage in range(4)]
+BF16 = [Layout(2, 1, "bf16"), Layout(2, 3, "bf16")]
 OTHER = [
-    ((2, 1), (1, 3)),
-    ((2, 3), (1, 0)),
-    ((2, 2), (3, 1)),
-    ((2, 3), (3, 3)),
-    ((3, 1), (2, 2)),
-    ((1, 0), (2, 3)),
+    (Layout(2, 1), Layout(1, 3)),
+    (Layout(2, 3), Layout(1, 0)),
+    (Layout(2, 2), Layout(3, 1)),
+    (Layout(2, 3), Layout(3, 3)),
+    (Layout(3, 1), Layout(2, 2)),
+    (Layout(1, 0), Layout(2, 3)),
 ]
 
 
@@ -44,8 +52,8 @@ def results(folder: Path) -> dict[tuple[Layout, Layout | None], dict[str, object
     """(layout, layout it resumed from or None) to what a run gave. One set of processes a world size and
     round: starting one costs seconds."""
     found = {}
-    whole = [(layout, None) for layout in [*SAME, (1, 0), (3, 1)]]
-    resumed = [*((layout, layout) for layout in SAME), *((after, before) for before, after in OTHER)]
+    whole = [(layout, None) for layout in [*SAME, *BF16, Layout(1, 0), Layout(3, 1)]]
+    resumed = [*((layout, layout) for layout in SAME + BF16), *((after, before) for before, after in OTHER)]
     for runs in (whole, resumed):
         for world_size in (1, 2, 3):
             chosen = [run for run in runs if run[0][0] == world_size]
@@ -56,11 +64,11 @@ def results(folder: Path) -> dict[tuple[Layout, Layout | None], dict[str, object
 def test_losses_equal_one_process_with_the_whole_batch_at_every_stage(results: dict) -> None:
     """Also with accumulation (4 places, micro batch 1), uneven places (3 ranks) and a place of weight 0."""
     reference = _train_plain()
-    for layout in [*SAME, (1, 0), (3, 1)]:
+    for layout in [*SAME, Layout(1, 0), Layout(3, 1)]:
         assert results[layout, None]["losses"] == pytest.approx(reference, rel=2e-6), layout
 
 
-@pytest.mark.parametrize("layout", SAME)
+@pytest.mark.parametrize("layout", SAME + BF16)
 def test_resumed_losses_are_bit_equal_in_the_same_layout(results: dict, layout: Layout) -> None:
     assert results[layout, layout]["losses"] == results[layout, None]["losses"][STOP:]
     assert results[layout, layout]["optimizer_steps"] == STEPS
@@ -109,10 +117,10 @@ def _train(folder: str, layout: Layout, origin: Layout | None) -> dict[str, obje
     The save goes on while the steps after it do, so that it must hold the state as it was.
     """
     if origin is None:
-        engine, first = new_engine(new_model(), layout[1]), 0
+        engine, first = new_engine(new_model(), *layout[1:]), 0
     else:
-        engine, first = resumed_engine(Storage(f"{folder}/{origin}"), layout[1])
-    saver = make_saver(Storage(f"{folder}/{layout}"), engine) if origin is None else None
+        engine, first = resumed_engine(Storage(_run_of(folder, origin)), *layout[1:])
+    saver = make_saver(Storage(_run_of(folder, layout)), engine) if origin is None else None
     losses = train_steps(engine, first, STEPS, STEPS, saver, save_after=lambda step: step == STOP)
     if saver is not None:
         saver.finish()
@@ -122,6 +130,10 @@ def _train(folder: str, layout: Layout, origin: Layout | None) -> dict[str, obje
         "optimizer_steps": zero_state.optimizer_steps(engine),
         "differences": differences,
     }
+
+
+def _run_of(folder: str, layout: Layout) -> str:
+    return f"{folder}/{'-'.join(map(str, layout))}"
 
 
 def _differences_from_deepspeed(engine: Engine) -> dict[str, str]:
