@@ -73,7 +73,10 @@ def _checkpoint(flags: argparse.Namespace) -> dict[str, Any]:
         extra = result[f"{kind}_extra_s"]
         print(f"{kind:<13} {extra['mean']:.2f} s a save (+- {extra['deviation']:.2f})")
     print(f"ratio         {result['asynchronous_to_synchronous']:.2f}")
-    return {"configuration": asdict(plan) | {"folder": str(plan.folder)}} | result
+    configuration = {
+        name: value for name, value in asdict(plan).items() if name != "folder"
+    }  # of that machine
+    return {"configuration": configuration} | result
 
 
 def _restart(flags: argparse.Namespace) -> dict[str, Any]:
