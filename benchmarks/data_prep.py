@@ -5,7 +5,8 @@
 One run measures, interleaved over the same videos: `data_prep` with one worker against a plain loop of ffmpeg
 with the same settings (CPU seconds of everything that is started, and wall seconds); two workers against one, and
 against one that is held to the single core that Ray reserves for a worker (ffmpeg overlaps decoding and encoding,
-so a lone worker also uses a second core that is idle);
+so a lone worker also uses a second core that is idle); as the yardstick of what this machine and ffmpeg itself
+give, two such ffmpeg loops against one; the seconds that a hypervisor kept the cores for others (steal);
 bytes a video; and the CPU time of decoding 16-frame clips of the default profile, the loader's way, against
 short-side-320 files of x264 defaults with plain decord.
 """
@@ -24,10 +25,12 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 
 from arvideo_dist.bench.report import environment, write_json
 from arvideo_dist.storage import Storage
@@ -50,10 +53,16 @@ def cpu_s() -> float:
 
 @contextlib.contextmanager
 def measured(into: list[dict[str, float]]) -> Iterator[None]:
-    """Append the CPU and wall seconds of the block."""
-    cpu, wall = cpu_s(), time.perf_counter()
+    """Append CPU and wall seconds of the block, and core-seconds that the machine held back meanwhile."""
+    cpu, wall, steal = cpu_s(), time.perf_counter(), psutil.cpu_times().steal
     yield
-    into.append({"cpu_s": cpu_s() - cpu, "wall_s": time.perf_counter() - wall})
+    into.append(
+        {
+            "cpu_s": cpu_s() - cpu,
+            "wall_s": time.perf_counter() - wall,
+            "steal_s": psutil.cpu_times().steal - steal,
+        }
+    )
 
 
 @contextlib.contextmanager
@@ -79,27 +88,19 @@ def run_data_prep(paths: list[Path], out: Path, workers: int) -> None:
     assert manifest.samples == len(items), f"{manifest.rejects} of the videos were rejected"
 
 
-def run_ffmpeg(paths: list[Path], out: Path, scale: str, encoder: list[str]) -> int:
-    """One ffmpeg after the other; the bytes written."""
+def run_ffmpeg(paths: list[Path], out: Path, scale: str, encoder: list[str], at_once: int = 1) -> int:
+    """`at_once` loops of one ffmpeg after the other, over the largest files first; the bytes written."""
     out.mkdir(parents=True)
-    size = 0
-    for number, path in enumerate(paths):
-        target = out / f"{number}.mp4"
-        command = [
-            ffmpeg()[0],
-            "-v",
-            "error",
-            "-nostdin",
-            "-filter_threads",
-            "1",
-            "-threads",
-            "1",
-            "-i",
-            str(path),
-        ]
-        subprocess.run([*command, "-map", "0:v:0", "-vf", scale, *encoder, str(target)], check=True)
-        size += target.stat().st_size
-    return size
+    single = ["-filter_threads", "1", "-threads", "1"]
+
+    def one(path: Path) -> int:
+        target = out / f"{paths.index(path)}.mp4"
+        command = [ffmpeg()[0], "-v", "error", "-nostdin", *single, "-i", str(path), "-map", "0:v:0"]
+        subprocess.run([*command, "-vf", scale, *encoder, str(target)], check=True)
+        return target.stat().st_size
+
+    with ThreadPoolExecutor(at_once) as loops:
+        return sum(loops.map(one, sorted(paths, key=lambda path: path.stat().st_size, reverse=True)))
 
 
 def clip_cost(videos: list[bytes], decode: Callable[[bytes, np.ndarray], Any]) -> float:
@@ -154,7 +155,7 @@ def main() -> None:
     same += ":out_color_matrix=smpte170m:out_range=tv,format=yuv420p"
     usual = "scale='if(gt(iw,ih),-2,320)':'if(gt(iw,ih),320,-2)'"
     times: dict[str, list[dict[str, float]]] = {
-        name: [] for name in ("ffmpeg", "one worker", "one worker on one core", "two workers")
+        name: [] for name in ("ffmpeg", "two ffmpegs", "one worker", "one worker on one core", "two workers")
     }
     clips: dict[str, list[float]] = {"droppable, packets selected": [], "short side 320, plain decord": []}
     with tempfile.TemporaryDirectory() as scratch:
@@ -163,6 +164,8 @@ def main() -> None:
         for number in range(given.rounds):
             with measured(times["ffmpeg"]):
                 run_ffmpeg(paths, top / f"ffmpeg-{number}", same, ["-an", *settings.encoder_arguments()])
+            with measured(times["two ffmpegs"]):
+                run_ffmpeg(paths, top / f"ffmpegs-{number}", same, ["-an", *settings.encoder_arguments()], 2)
             with measured(times["one worker"]):
                 run_data_prep(paths, top / f"one-{number}", 1)
             with measured(times["one worker on one core"]), one_core():
@@ -193,6 +196,7 @@ def main() -> None:
         "wall_s_of_ffmpeg_over_data_prep": ratios("ffmpeg", "one worker", "wall_s"),
         "videos_a_second_and_core": len(paths) / statistics.mean(r["cpu_s"] for r in times["one worker"]),
         "cpu_s_of_two_workers_over_one": ratios("two workers", "one worker", "cpu_s"),
+        "wall_s_of_one_ffmpeg_over_two": ratios("ffmpeg", "two ffmpegs", "wall_s"),
         "wall_s_of_one_worker_over_two": ratios("one worker", "two workers", "wall_s"),
         "wall_s_of_one_worker_on_one_core_over_two": ratios(
             "one worker on one core", "two workers", "wall_s"
