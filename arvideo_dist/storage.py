@@ -2,8 +2,8 @@
 
 Publishing: locally a file is written aside, synced and renamed, so a name never shows part of its content.
 In object storage a pyarrow stream that is left by an exception publishes what it had; so members are sent
-from finished bytes or files, a failed upload is deleted again, and a *set* of members counts only through a
-small JSON written last (one PUT, hence atomic) that lists their sizes and digests.
+from finished bytes or files in one call, after which either the new content stands or what was there before, and
+a *set* of members counts only through a small JSON written last that lists their sizes and digests.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, TypeVar
 
+import pyarrow as pa
 import pyarrow.fs as pafs
 
 Result = TypeVar("Result")
@@ -103,8 +104,7 @@ class Storage:
             with self.writing(name) as aside:
                 aside.write_bytes(data)
         else:
-            with self._upload(name) as stream:
-                stream.write(data)
+            self._upload(name, pa.py_buffer(data))
 
     def put_file(self, local: Path, name: str) -> None:
         """Publish a copy of the finished file `local` as member `name`."""
@@ -112,8 +112,8 @@ class Storage:
             with self.writing(name) as aside:
                 shutil.copyfile(local, aside)
         else:
-            with open(local, "rb") as source, self._upload(name) as stream:
-                shutil.copyfileobj(source, stream, _CHUNK_BYTES)
+            empty = not local.stat().st_size  # which cannot be mapped
+            self._upload(name, pa.py_buffer(b"") if empty else pa.memory_map(str(local)).read_buffer())
 
     def local_copy(self, name: str, scratch: Path) -> Path:
         """A local file with the content of member `name`: itself where local, else downloaded to `scratch`."""
@@ -176,16 +176,14 @@ class Storage:
 
     @contextlib.contextmanager
     def streaming(self, name: str) -> Iterator[IO[bytes]]:
-        """A file to write to in pieces; on a clean exit its content appears as member `name`, synced if local."""
+        """A file to write to in pieces; on a clean exit its content appears as member `name`, synced if local.
+
+        `name` must be new: in object storage a failure removes the member, whose content may be cut off.
+        """
         if self.is_local:
             with self.writing(name) as aside, open(aside, "wb") as file:
                 yield file
-        else:
-            with self._upload(name) as stream:
-                yield stream
-
-    @contextlib.contextmanager
-    def _upload(self, name: str) -> Iterator[pafs.NativeFile]:
+            return
         self._before_change()
         try:
             with self.fs.open_output_stream(self.path(name), compression=None) as stream:
@@ -194,6 +192,12 @@ class Storage:
             with contextlib.suppress(OSError):
                 self.delete(name)
             raise
+
+    def _upload(self, name: str, content: pa.Buffer) -> None:
+        """In one call, so that nothing but the store's own refusal ends it, which leaves the old member."""
+        self._before_change()
+        with self.fs.open_output_stream(self.path(name), compression=None) as stream:
+            stream.write(content)
 
 
 def patiently(action: Callable[[], Result], patience_s: float = _PATIENCE_S) -> Result:

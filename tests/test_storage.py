@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 
 from arvideo_dist.storage import Storage
+from tests.services.relays import RefusesWrites
+from tests.services.s3 import S3
 
 
 def test_a_member_appears_only_after_a_clean_end(tmp_path: Path) -> None:
@@ -45,3 +47,46 @@ def test_leftovers_of_killed_writers_are_cleared_by_name(tmp_path: Path) -> None
     (tmp_path / "train-000001.tar").write_bytes(b"whole")
     storage.clear_partial("train-", "index-train.parquet.")
     assert storage.names() == [".val-000000.tar.0f.partial", "train-000001.tar"]
+
+
+@pytest.mark.parametrize("size", [10, 30 * 2**20], ids=["one-put", "multipart"])
+def test_a_store_that_refuses_new_content_keeps_the_old(s3: S3, tmp_path: Path, size: int) -> None:
+    relay, bucket = RefusesWrites(s3.address), f"refuses-{size}"
+    s3.make_bucket(bucket)
+    storage = Storage(s3.uri(f"{bucket}/folder", through=relay.address))
+    old, new = b"o" * size, tmp_path / "new"
+    new.write_bytes(b"n" * size)
+    storage.write_bytes("member", old)
+    relay.refuses = True
+    with pytest.raises(OSError, match="bucket is full"):
+        storage.write_bytes("member", new.read_bytes())
+    with pytest.raises(OSError, match="bucket is full"):
+        storage.put_file(new, "member")
+    relay.refuses = False
+    assert relay.refused
+    assert storage.read_bytes("member") == old
+    storage.put_file(new, "member")
+    assert storage.read_bytes("member") == new.read_bytes()
+    relay.close()
+
+
+def test_an_empty_file_is_a_member_too(s3: S3, tmp_path: Path) -> None:
+    s3.make_bucket("empty")
+    storage = Storage(s3.uri("empty/folder"))
+    (tmp_path / "empty").touch()
+    storage.put_file(tmp_path / "empty", "member")
+    assert storage.size("member") == 0
+
+
+def test_a_stream_that_is_left_by_an_exception_publishes_nothing(s3: S3) -> None:
+    s3.make_bucket("streams")
+    storage = Storage(s3.uri("streams/folder"))
+
+    def die_while_writing() -> None:
+        with storage.streaming("member") as file:
+            file.write(b"ha")
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        die_while_writing()
+    assert not storage.exists("member")

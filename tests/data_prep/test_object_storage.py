@@ -51,7 +51,7 @@ def test_an_upload_that_fails_leaves_nothing_whole_and_is_continued(
     def failing(self: Storage, local: Path, name: str) -> None:
         calls.append(name)
         if len(calls) == 2:
-            with self._upload(name) as stream:
+            with self.streaming(name) as stream:
                 stream.write(b"half a shard")
                 raise OSError("When uploading: AWS Error ACCESS_DENIED: Access Denied")
         put_file(self, local, name)

@@ -1,4 +1,4 @@
-"""Relays in front of a real server: slow, hanging, cut off, or losing answers."""
+"""Relays in front of a real server: slow, hanging, cut off, losing answers, or refusing writes."""
 
 from __future__ import annotations
 
@@ -112,6 +112,26 @@ class LosesAnswers(Relay):
                 return
             client.sendall(answer)
         client.shutdown(socket.SHUT_RDWR)
+
+
+class RefusesWrites(Relay):
+    """While `refuses`, no request with a body gets to the store: a full bucket, or one that may only be read."""
+
+    def __init__(self, upstream: str) -> None:
+        self.refuses = False
+        self.refused = 0
+        super().__init__(upstream)
+
+    def _serve(self, client: socket.socket, server: socket.socket) -> None:
+        threading.Thread(target=_copy, args=(server, client), daemon=True).start()
+        while request := client.recv(2**16):
+            if self.refuses and request.startswith((b"PUT ", b"POST ")):
+                self.refused += 1
+                body = b"<Error><Code>QuotaExceeded</Code><Message>The bucket is full</Message></Error>"
+                head = f"HTTP/1.1 403 Forbidden\r\nContent-Length: {len(body)}\r\nConnection: close\r\n\r\n"
+                client.sendall(head.encode() + body)
+                return
+            server.sendall(request)
 
 
 def _copy(source: socket.socket, sink: socket.socket) -> None:

@@ -45,7 +45,7 @@ class S3:
 
 @contextmanager
 def s3_server() -> Iterator[S3]:
-    server = ThreadedMotoServer(port=0)
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
     server.start()
     try:
         yield S3("{}:{}".format(*server.get_host_and_port()))
