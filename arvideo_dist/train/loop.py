@@ -39,7 +39,7 @@ from arvideo_dist.train.deferred import DeferredWrites
 from arvideo_dist.train.engine import Engine, resolve_precision
 from arvideo_dist.train.lease import Guard
 from arvideo_dist.train.progress import Meter, Stragglers, progress_line
-from arvideo_dist.train.saver import Saver
+from arvideo_dist.train.saver import FAILED_TAG, Saver
 from arvideo_dist.train.schedule import learning_rate
 from arvideo_dist.train.spikes import Spikes, spike_line
 from arvideo_dist.train.stop import RESULT, Interruption, RunStoppedError
@@ -144,9 +144,7 @@ def train(
 
     def report_failed_save(step: int, failures: int, message: str) -> None:
         if tracker is not None:
-            tracker.log(step, {"failed_saves": failures})
-            if failures:
-                tracker.tag("arvideo.failed_checkpoint", message)
+            tracker.tag(FAILED_TAG, message if failures else f"none since the checkpoint of step {step}")
 
     saver = Saver(
         run,
@@ -156,6 +154,7 @@ def train(
         flush=flush,
         report=report_failed_save,
         last_saved=step,
+        failed_before=start.state.get("failed_saves", 0) if start is not None else 0,
     )
 
     def validation() -> dict[str, float]:
@@ -192,6 +191,8 @@ def train(
             "bad_samples": bad.listed(),
             "bad_steps": bad_steps.listed(),
             "spikes": spikes.listed(),
+            "failed_saves": saver.failures_in_all,
+            "metrics": metrics,
             "mlflow_run_id": task.mlflow_run_id,
             "config": config.model_dump(mode="json"),
             "data_digests": digests,
@@ -204,8 +205,10 @@ def train(
     batches = iter(train_loader)
     meter = Meter(device, control)
     stragglers = Stragglers()
-    metrics: dict[str, float] = {}
-    validated_at, saved_at, bad_logged = -1, step, 0
+    metrics: dict[str, float] = (
+        start.state.get("metrics", {}) if start is not None else {}
+    )  # of the last point
+    saved_at, bad_logged = step, 0
     save_owed = False
     interruption: Interruption | None = None
     while step < total_steps and interruption is None:
@@ -268,6 +271,7 @@ def train(
                 "memory_gib": point.memory_gib,
                 "bad_samples": len(bad),
                 "bad_steps": len(bad_steps),
+                "failed_saves": saver.failures_in_all,
                 "step_time/max": point.slowest_s,
                 "step_time/median": point.median_s,
                 "slowest_rank": point.slowest_rank,
@@ -289,7 +293,6 @@ def train(
                 _say(rank, f"step {step}  {straggler}")
         if step % config.validation.every_steps == 0 or step == total_steps:
             metrics |= validation()
-            validated_at = step
             meter.reset()
         save_owed |= facts.save_due or saver.due_by_step(step)
         if (save_owed and not bad_steps.in_stretch) or step == total_steps:
@@ -301,7 +304,7 @@ def train(
 
     if interruption is not None:
         return interruption
-    if validated_at < total_steps:  # the run had ended before: the same figures again, for the summary
+    if "loss/val" not in metrics:  # no step was left, and the checkpoint was not the end of a run then
         metrics |= validation()
     if rank == 0:
         patiently(notes.flush)

@@ -19,6 +19,7 @@ storage may hold as much again in pieces that are on their way.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -59,9 +60,13 @@ from arvideo_dist.train.stop import RunStoppedError
 
 Result = TypeVar("Result")
 
+FAILED_TAG = (
+    "arvideo.failed_checkpoint"  # of the MLflow run: the newest save's failure, or that there is none
+)
 _CHUNK_BYTES = 8 * 2**20
-# Below training and decoding, but not starved by them as 19 would be: a save should also come to its end.
-_NICENESS = 10
+# Levels below training and decoding (Ray's workers are at 15 already): on a full core some two fifths of their
+# share, so that a save also comes to its end.
+_NICER = 4
 # How much later than the fastest rank the slowest may have uploaded its part.
 _TIMEOUT = timedelta(hours=2)
 _TOLD = 3  # ranks whose failure a message tells; a full disk is the same on all
@@ -91,6 +96,7 @@ class Saver:
         flush: Callable[[], None] = _nothing,
         report: Callable[[int, int, str], None] = _ignore,
         last_saved: int = 0,
+        failed_before: int = 0,
     ) -> None:
         """Everything is written and deleted through `run`, which may refuse. `say` gets a line from rank 0 for
         each complete checkpoint and each failed save.
@@ -98,7 +104,7 @@ class Saver:
         `flush`: called on each rank before a checkpoint becomes visible, for what must be on storage by then.
         `report`: called on rank 0 for each failed save (step, failures in a row, message), and with 0 failures
         for the first that succeeds after. Both are called by the background thread. `last_saved`: the step of the
-        checkpoint that the run began from.
+        checkpoint that the run began from. `failed_before`: `failures_in_all` of the workers before.
         """
         self._run, self._engine, self._options = run, engine, options
         self._say, self._flush, self._report = say, flush, report
@@ -110,6 +116,7 @@ class Saver:
         self._failure: Exception | None = None
         self._failed_at = 0.0
         self._failures = 0  # in a row
+        self.failures_in_all = failed_before
         self._last_saved = last_saved
         self._requested_at = time.monotonic()
 
@@ -143,10 +150,12 @@ class Saver:
             if not over[0]:
                 return
         self._requested_at = time.monotonic()
+        # Written out here, since what `state` holds changes with the next steps.
         state = {**state, "optimizer_steps": zero_state.optimizer_steps(self._engine)}
+        content = json.dumps(state, indent=1).encode()
         self._snapshot.begin()
         self._thread = threading.Thread(
-            target=self._save, args=(step, state), name=f"save-{step}", daemon=True
+            target=self._save, args=(step, content), name=f"save-{step}", daemon=True
         )
         self._thread.start()
 
@@ -168,7 +177,9 @@ class Saver:
                 raise failure
             return
         while self._failures:
-            time.sleep(max(0.0, self._pause_left_s()))
+            while (left := self._pause_left_s()) > 0:
+                activity.tick()  # a pause is no hang
+                time.sleep(min(left, 1.0))
             again()
             self._outcome()
 
@@ -197,13 +208,17 @@ class Saver:
 
     # From here on: the background thread.
 
-    def _save(self, step: int, state: dict[str, Any]) -> None:
-        if sys.platform == "linux":  # where niceness belongs to a thread
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)
+    def _save(self, step: int, state: bytes) -> None:
         try:
+            _lower_priority()
+            if (
+                self._engine.device.type == "cuda"
+            ):  # a new thread's is the first, where it would make a context
+                torch.cuda.set_device(self._engine.device)
             self._write(step, state)
         except CheckpointError as error:
             self._failures += 1
+            self.failures_in_all += 1
             self._failed_at = time.monotonic()
             self._failure = error
             if self._rank == 0:
@@ -226,7 +241,7 @@ class Saver:
         self._say(f"step {step}  the save failed ({tries}): {error}")
         self._report(step, self._failures, str(error))
 
-    def _write(self, step: int, state: dict[str, Any]) -> None:
+    def _write(self, step: int, state: bytes) -> None:
         name = checkpoint_name(step)
         folder = f"{FOLDER}/{name}"
 
@@ -287,17 +302,16 @@ class Saver:
         return [result for result, _ in outcomes]
 
     def _publish(
-        self, folder: str, written: list[tuple[FileEntry, list[FragmentEntry]]], state: dict[str, Any]
+        self, folder: str, written: list[tuple[FileEntry, list[FragmentEntry]]], state: bytes
     ) -> None:
-        content = json.dumps(state, indent=1).encode()
         manifest = CheckpointManifest(
             shapes={name: shape_of(p) for name, p in self._engine.module.named_parameters()},
             fragments=[fragment for _, fragments in written for fragment in fragments],
             parts=[entry for entry, _ in written],
-            state=FileEntry(name=STATE, size=len(content), sha256=hashlib.sha256(content).hexdigest()),
+            state=FileEntry(name=STATE, size=len(state), sha256=hashlib.sha256(state).hexdigest()),
         )
         check_coverage(manifest)
-        self._run.write_bytes(f"{folder}/{STATE}", content)
+        self._run.write_bytes(f"{folder}/{STATE}", state)
         self._run.write_bytes(f"{folder}/{MANIFEST}", manifest.model_dump_json(indent=1).encode())
 
 
@@ -366,6 +380,15 @@ class _Snapshot:
         for begin in range(0, len(content), _CHUNK_BYTES):
             activity.tick()  # a slow store is no hang while it takes pieces
             yield content[begin : begin + _CHUNK_BYTES].data
+
+
+def _lower_priority() -> None:
+    """Of this thread, below the one that started it."""
+    if sys.platform == "linux":  # where niceness belongs to a thread
+        thread = threading.get_native_id()
+        niceness = min(19, os.getpriority(os.PRIO_PROCESS, thread) + _NICER)
+        with contextlib.suppress(OSError):  # a save at full priority is a save all the same
+            os.setpriority(os.PRIO_PROCESS, thread, niceness)
 
 
 def _safetensors_header(sizes: dict[str, int]) -> bytes:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-RESULT = "result.json"  # in the run's folder, once the run has ended: its final metrics, or why it stopped
+RESULT = "result.json"  # in the run's folder, once the run has ended: its final metrics
 
 
 class RunStoppedError(RuntimeError):

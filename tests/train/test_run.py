@@ -56,7 +56,7 @@ def test_run_says_what_it_will_do_and_where_everything_is(whole: PretrainProcess
 def test_every_step_is_in_mlflow_once_with_all_metrics(whole: PretrainProcess, folder: Path) -> None:
     for metric in (
         "loss/train", "learning_rate", "gradient_norm", "clips_per_second", "clips_per_second_per_worker",
-        "data_wait_share", "memory_gib",
+        "data_wait_share", "memory_gib", "failed_saves",
     ):  # fmt: skip
         assert [step for step, _ in history(folder / "runs", "whole", metric)] == list(range(1, 13)), metric
     for metric in ("loss/val", "loss/constant_predictor", "loss/val_other_context"):
@@ -95,12 +95,15 @@ def test_checkpoint_opens_without_an_engine_and_only_the_newest_are_kept(
     assert all(parameter.isfinite().all() for parameter in model.parameters())
 
 
-def test_same_command_again_ends_at_once_and_writes_no_point_twice(
+def test_same_command_again_ends_at_once_with_the_same_result_and_writes_no_point_twice(
     whole: PretrainProcess, folder: Path
 ) -> None:
+    result = (folder / "runs/whole/result.json").read_bytes()
+    assert {"loss/train", "loss/val"} <= json.loads(result).keys()
     again = PretrainProcess(_arguments(folder, "whole"))
     assert again.finish() == 0, again.output
     assert "step-00000012, step 12" in again.output
+    assert (folder / "runs/whole/result.json").read_bytes() == result
     assert [step for step, _ in history(folder / "runs", "whole", "loss/train")] == list(range(1, 13))
     assert [step for step, _ in history(folder / "runs", "whole", "loss/val")] == [6, 12]
 

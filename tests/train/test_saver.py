@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import random
+import shutil
+import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -65,6 +68,7 @@ def _find(folder: str) -> dict[str, Any]:
         "agreed": _agree_on_bad(),
         "random": _random_states(engine),
         "parts": _save_fresh(f"{folder}/parts"),
+        "unprivileged": _save_unprivileged(engine),  # the last: niceness cannot be taken back
     }
 
 
@@ -73,16 +77,20 @@ def _train_past_a_held_save(folder: str, engine: Engine) -> dict[str, Any]:
     saver = make_saver(run, engine)
     train_steps(engine, 0, 2, 4, saver)
     then = {name: value.clone() for name, value in engine.module.state_dict().items()}
-    saver.request(2, state_at(2))
+    bad_steps = [1]
+    saver.request(2, {**state_at(2), "bad_steps": bad_steps})
     train_steps(engine, 2, 4, 4, saver)
+    bad_steps.append(3)
     assert run.begun.wait(60)
     before = complete_checkpoints(run)
     run.let_go.set()
     saver.finish()
     model = new_model()
-    Checkpoint(run, "step-00000002").load_weights(model)
+    checkpoint = Checkpoint(run, "step-00000002")
+    checkpoint.load_weights(model)
     saved, now = model.state_dict(), engine.module.state_dict()
     return {
+        "bad steps": checkpoint.state["bad_steps"],
         "complete while held": before,
         "complete then": complete_checkpoints(run),
         "as it was": all(torch.equal(saved[name], then[name]) for name in then),
@@ -92,6 +100,7 @@ def _train_past_a_held_save(folder: str, engine: Engine) -> dict[str, Any]:
 
 def test_training_goes_on_while_the_state_as_it_was_is_saved(found: list[dict[str, Any]]) -> None:
     assert found[0]["held"] == {
+        "bad steps": [1],
         "complete while held": [],
         "complete then": ["step-00000002"],
         "as it was": True,
@@ -112,6 +121,42 @@ def test_parts_are_what_the_safetensors_library_reads(found: list[dict[str, Any]
         whole = torch.cat([part[f"weight/{name}"] for part in tensors if f"weight/{name}" in part])
         assert torch.equal(whole, parameter.detach().flatten()), name
         assert not any(part[f"exp_avg/{name}"].any() for part in tensors if f"exp_avg/{name}" in part)
+
+
+class NoticesNiceness(Storage):
+    """What the thread that writes parts has."""
+
+    niceness = 0
+
+    @contextmanager
+    def streaming(self, name: str) -> Iterator[IO[bytes]]:
+        self.niceness = os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+        with super().streaming(name) as file:
+            yield file
+
+
+def _save_unprivileged(engine: Engine) -> tuple[list[str], int]:
+    """As Ray's workers save in a container: with niceness 15, and without the right to lower it."""
+    folder = [tempfile.mkdtemp()]
+    dist.broadcast_object_list(folder)
+    os.chmod(folder[0], 0o777)
+    os.nice(15)
+    root = os.geteuid() == 0
+    if root:
+        os.seteuid(65534)
+    run = NoticesNiceness(folder[0])
+    save_checkpoint(run, engine, 1, state_at(1))
+    found = complete_checkpoints(run)
+    dist.barrier()
+    if root:
+        os.seteuid(0)
+    if dist.get_rank() == 0:
+        shutil.rmtree(folder[0])
+    return found, run.niceness
+
+
+def test_a_process_without_rights_saves_below_its_own_priority(found: list[dict[str, Any]]) -> None:
+    assert [rank["unprivileged"] for rank in found] == [(["step-00000001"], 19)] * 2
 
 
 def _votes(engine: Engine) -> list[bool]:
