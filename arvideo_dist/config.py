@@ -170,6 +170,14 @@ class DataConfig(ClipSampling):
     )
 
     @model_validator(mode="after")
+    def _check_weights(self) -> DataConfig:
+        if self.mixture:
+            from arvideo_dist.data.order import mixture_shares
+
+            mixture_shares([self.weight, *(other.weight for other in self.mixture)])
+        return self
+
+    @model_validator(mode="after")
     def _check_cache(self) -> DataConfig:
         if self.shard_cache_gib and self.shuffle_block_shards is None:
             raise ValueError(

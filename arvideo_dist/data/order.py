@@ -23,6 +23,7 @@ PAD = -1  # stands in a micro batch where no place is left; its weight is 0
 
 _FEISTEL_ROUNDS = 16  # fewer leave permutations of very small sets unequally likely
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+_MAX_BLOCK = 1000  # visits of a mixture's block, within which a data set's own order is kept only roughly
 _MIXTURE_KEY = 0x6D6978  # keeps the mixture's draws apart from the epochs'
 
 
@@ -169,26 +170,42 @@ class Located(NamedTuple):
     visit: int
 
 
+def mixture_shares(weights: Sequence[float]) -> list[int]:
+    """Visits of each data set in a block of a mixture: the least whole numbers in the weights' proportions.
+
+    Raises ValueError where that block is so long that the data sets' epochs would run into each other.
+    """
+    if not weights or min(weights) <= 0:
+        raise ValueError(f"data sets are mixed by weights above 0, got {list(weights)}")
+    shares = [Fraction(str(weight)) for weight in weights]
+    scale = math.lcm(*(share.denominator for share in shares))
+    parts = [int(share * scale) for share in shares]
+    parts = [part // math.gcd(*parts) for part in parts]
+    if sum(parts) > _MAX_BLOCK:
+        raise ValueError(
+            f"the weights {list(weights)} are exact only over {sum(parts)} samples, at most {_MAX_BLOCK} are "
+            "possible: round them, for example to two digits"
+        )
+    return parts
+
+
 class SampleSequence:
     """The global sample sequence of a run: one or more data sets mixed by weight, each sample repeated.
 
     Visits: place p belongs to visit p // repeats. Mixtures: the visits come in blocks of as many as the
     weights need to be whole numbers (0.7 and 0.3: blocks of 10), and each block holds exactly its share
     of every data set, at shuffled positions. Each data set goes through its own epochs at its own pace,
-    so that any n of its visits see every sample n // num_samples times at least. An epoch of the run is
-    as many visits as the data sets have samples together."""
+    which may change within a block: there the last samples of one epoch stand among the first of the next. An
+    epoch of the run is as many visits as the data sets have samples together."""
 
     def __init__(
         self, orders: Sequence[SampleOrder], seed: int, weights: Sequence[float] = (1.0,), repeats: int = 1
     ) -> None:
-        if len(weights) != len(orders) or min(weights) <= 0:
-            raise ValueError(f"{len(orders)} data sets want as many weights above 0, got {list(weights)}")
+        if len(weights) != len(orders):
+            raise ValueError(f"{len(orders)} data sets want as many weights, got {list(weights)}")
         if repeats < 1:
             raise ValueError(f"repeats must be at least 1, got {repeats}")
-        shares = [Fraction(str(weight)) for weight in weights]
-        scale = math.lcm(*(share.denominator for share in shares))
-        parts = np.array([int(share * scale) for share in shares], dtype=np.int64)
-        self._parts = parts // np.gcd.reduce(parts)
+        self._parts = np.array(mixture_shares(weights), dtype=np.int64)
         self._ends = np.cumsum(self._parts)
         self.block = int(self._ends[-1])
         self.orders, self.seed, self.repeats = list(orders), seed, repeats

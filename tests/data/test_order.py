@@ -156,7 +156,25 @@ def test_an_epoch_with_repeats_has_each_sample_that_often(repeats: int) -> None:
         assert {at.epoch for at in located} == {epoch}
 
 
+def test_epochs_of_a_mixtures_sets_overlap_by_one_block_at_most() -> None:
+    sizes, weights = (1000, 500), (0.87, 0.13)
+    sequence = SampleSequence([SampleOrder(n, seed=n) for n in sizes], seed=9, weights=weights)
+    located = sequence.locate(range(50 * sequence.block))
+    for source, size in enumerate(sizes):
+        visits = [at for at in located if at.source == source]
+        share = round(weights[source] * 100)
+        for n, at in enumerate(visits):
+            assert abs(at.epoch * size + size // 2 - n) <= size // 2 + share
+        rows = Counter(at.row for at in visits)
+        assert set(rows.values()) <= {len(visits) // size, len(visits) // size + 1}
+
+
+def test_weights_that_are_whole_numbers_only_over_a_long_stretch_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"exact only over 15874631 samples.*round them"):
+        SampleSequence([SampleOrder(1000, 0), SampleOrder(500, 0)], 0, (0.5874631, 1.0))
+
+
 @pytest.mark.parametrize(("weights", "repeats"), [((1.0, 0.0), 1), ((1.0,), 1), ((1.0, 1.0), 0)])
 def test_impossible_sequences_are_refused(weights: tuple[float, ...], repeats: int) -> None:
-    with pytest.raises(ValueError, match=r"weights above 0|repeats must be"):
+    with pytest.raises(ValueError, match=r"weights above 0|as many weights|repeats must be"):
         SampleSequence([SampleOrder(3, 0), SampleOrder(4, 0)], 0, weights, repeats)
