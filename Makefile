@@ -40,5 +40,5 @@ format: setup
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-clean:
-	rm -rf $(VENV) build runs
+clean:  # what this Makefile made; never runs/, where trainings are
+	rm -rf $(VENV) build

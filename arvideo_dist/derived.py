@@ -92,7 +92,7 @@ def derive(config: RunConfig, samples: int | None) -> Derived:
 
 def _check_length(config: RunConfig, samples: int, total_steps: int, warmup_steps: float) -> None:
     if samples == 0:
-        raise ValueError(f"split {config.data.split!r} at data.path {config.data.path} has no samples")
+        raise ValueError(f"split {config.data.split!r} at data.path has no samples")
     if total_steps == 0:
         raise ValueError(
             f"train.epochs {config.train.epochs:g} of {samples} samples is less than one step of "

@@ -15,6 +15,7 @@ from arvideo_dist.checks.finding import Finding, Level
 from arvideo_dist.config import RunConfig
 from arvideo_dist.derived import Derived, derive
 from arvideo_dist.settings import exit_with, read_config
+from arvideo_dist.storage import without_credentials
 from arvideo_dist.train.launch import connect, derive_checked, use_gpu_of, with_absolute_paths
 
 _STORAGE_BYTES = 8 * 2**20
@@ -55,7 +56,7 @@ def main(argv: list[str] | None = None) -> None:
             flags.json,
             {"subject": "preflight"}
             | environment()
-            | {"configuration": config.model_dump(mode="json")}
+            | {"configuration": without_credentials(config.model_dump(mode="json"))}
             | result,
         )
     if not result["passed"]:

@@ -12,13 +12,14 @@ import contextlib
 import copy
 import hashlib
 import os
+import re
 import shutil
 import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO, TypeVar
+from typing import IO, Any, TypeVar
 
 import pyarrow as pa
 import pyarrow.fs as pafs
@@ -36,21 +37,25 @@ class Storage:
     def __init__(self, uri: str) -> None:
         """`uri`: a local path (`~` allowed) or a URI that pyarrow knows, such as `s3://bucket/folder`.
 
+        `address` opens the same folder again; `uri` is for people, without credentials that may stand in it.
         Raises ValueError for a scheme that pyarrow does not know.
         """
         if "://" in uri:
             try:
                 self.fs, self.root = pafs.FileSystem.from_uri(_with_limits(uri))
             except (OSError, ValueError) as error:
-                raise ValueError(f"cannot open storage {uri!r}: {error}") from error
+                raise ValueError(f"cannot open storage {shown(uri)!r}: {error}") from error
             if isinstance(self.fs, pafs.S3FileSystem):
                 # One made from a URI asks a silent server for 100 s, a copy (also what arrives in another
                 # process) for 10 s: three attempts of 3 s.
                 self.fs = copy.copy(self.fs)
-            self.uri = uri.rstrip("/")
+            base, mark, query = uri.partition("?")
+            self.address = f"{base.rstrip('/')}{mark}{query}"
+            self.root = self.root.rstrip("/")
         else:
             self.root = str(Path(uri).expanduser().resolve())
-            self.fs, self.uri = pafs.LocalFileSystem(), self.root
+            self.fs, self.address = pafs.LocalFileSystem(), self.root
+        self.uri = shown(self.address)
         self.is_local = isinstance(self.fs, pafs.LocalFileSystem)
 
     def __repr__(self) -> str:
@@ -62,7 +67,7 @@ class Storage:
 
     def child(self, name: str) -> Storage:
         """The folder `name` below this one."""
-        base, mark, query = self.uri.partition("?")
+        base, mark, query = self.address.partition("?")
         return Storage(f"{base}/{name}{mark}{query}")
 
     def exists(self, name: str = "") -> bool:
@@ -218,6 +223,22 @@ def patiently(action: Callable[[], Result], patience_s: float = _PATIENCE_S) -> 
             print(f"tried again in {pause:g} s: {error}", flush=True)
             time.sleep(pause)
             pause = min(2 * pause, _LONGEST_PAUSE_S)
+
+
+def shown(uri: str) -> str:
+    """`uri` for people and logs: without the credentials that URIs of stores and servers may hold."""
+    return re.sub(r"://[^/?@\s]*@", "://***@", uri)
+
+
+def without_credentials(value: Any) -> Any:
+    """`value`, of JSON's types, with every string in it as `shown`."""
+    if isinstance(value, str):
+        return shown(value)
+    if isinstance(value, dict):
+        return {key: without_credentials(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [without_credentials(each) for each in value]
+    return value
 
 
 def _with_limits(uri: str) -> str:

@@ -27,7 +27,7 @@ from mlflow.tracking import MlflowClient
 from mlflow.utils.time import get_current_time_millis
 
 from arvideo_dist.config import RunConfig
-from arvideo_dist.storage import Storage, patiently
+from arvideo_dist.storage import Storage, patiently, shown, without_credentials
 
 RUN_FILE = "run.json"  # in the run's folder: which MLflow run it is
 # MLflow's client repeats a request for minutes by itself, and waits two for each answer. Here it does so once, at
@@ -55,9 +55,9 @@ def dashboard_command(config: RunConfig) -> str:
     """What a person does to see the run."""
     uri = tracking_uri(config)
     if uri.startswith("http"):
-        return f"open {uri}"
+        return f"open {shown(uri)}"
     mlflow = "mlflow" if shutil.which("mlflow") else f"{sys.executable} -m mlflow"
-    return f"{mlflow} ui --backend-store-uri {uri}"
+    return f"{mlflow} ui --backend-store-uri {shown(uri)}"
 
 
 def refuses(error: Exception) -> bool:
@@ -93,20 +93,19 @@ def open_run(config: RunConfig, derived: Mapping[str, Any], folder: Storage) -> 
             _experiment_id(client, config), run_name=config.run.name, tags={"arvideo.run": folder.uri}
         ).info.run_id
         _log_parameters(client, run_id, config)
-        client.log_text(
-            run_id, yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False), "config.yaml"
-        )
+        resolved = without_credentials(config.model_dump(mode="json"))
+        client.log_text(run_id, yaml.safe_dump(resolved, sort_keys=False), "config.yaml")
         client.log_dict(run_id, dict(derived), "derived.json")
     except (MlflowException, requests.HTTPError, OSError) as error:
         if known is not None and not refuses(error):
             print(
-                f"MLflow at {uri} is away: {error}\nthe run goes on without it; what it logs is kept in its folder "
-                "and sent once MLflow is back",
+                f"MLflow at {shown(uri)} is away: {error}\nthe run goes on without it; what it logs is kept in its "
+                "folder and sent once MLflow is back",
                 flush=True,
             )
             return known
         raise ValueError(
-            f"MLflow at {uri}: {error}. Check tracking.uri; {folder.uri}/{RUN_FILE} names the MLflow run "
+            f"MLflow at {shown(uri)}: {error}. Check tracking.uri; {folder.uri}/{RUN_FILE} names the MLflow run "
             "that this run continues, if it exists: use another run.name to begin a new one"
         ) from error
     record = json.dumps({"mlflow_run_id": run_id, "tracking_uri": uri}).encode()
@@ -127,7 +126,7 @@ def close_run(config: RunConfig, run_id: str, status: str) -> None:
         except (MlflowException, OSError) as error:
             if refuses(error) or time.monotonic() + _PAUSE_S > until:
                 print(
-                    f"MLflow at {uri} did not take the status {status} of its run {run_id}: {error}\n"
+                    f"MLflow at {shown(uri)} did not take the status {status} of its run {run_id}: {error}\n"
                     "the same command, given again, sets it",
                     flush=True,
                 )
@@ -212,7 +211,7 @@ def tracker_of(folder: Storage) -> Tracker:
     try:
         _client(uri).get_run(run_id)
     except MlflowException as error:
-        raise ValueError(f"MLflow at {uri}, named by {folder.uri}/{RUN_FILE}: {error}") from error
+        raise ValueError(f"MLflow at {shown(uri)}, named by {folder.uri}/{RUN_FILE}: {error}") from error
     return Tracker(uri, run_id, before_write=lambda: None)  # what is added belongs to no training step
 
 
@@ -236,7 +235,7 @@ def _experiment_id(client: MlflowClient, config: RunConfig) -> str:
 def _log_parameters(client: MlflowClient, run_id: str, config: RunConfig) -> None:
     parameters = [
         Param(f"{section}.{field}", str(value))
-        for section, fields in config.model_dump(mode="json").items()
+        for section, fields in without_credentials(config.model_dump(mode="json")).items()
         for field, value in fields.items()
     ]
     client.log_batch(run_id, params=parameters)

@@ -105,7 +105,7 @@ class RayPool:
         parts = [
             video if isinstance(video, Outcome) else (video, self._videos.pop(video)) for video in videos
         ]
-        return _shard.remote(self._storage.uri, self._split, number, parts)
+        return _shard.remote(self._storage.address, self._split, number, parts)
 
     def wait(self, handles: set[ray.ObjectRef]) -> set[ray.ObjectRef]:
         ready, _ = ray.wait(list(handles), num_returns=1, fetch_local=False)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from arvideo_dist.storage import Storage
+from arvideo_dist.storage import Storage, without_credentials
 from tests.services.relays import RefusesWrites
 from tests.services.s3 import S3
 
@@ -90,3 +90,22 @@ def test_a_stream_that_is_left_by_an_exception_publishes_nothing(s3: S3) -> None
     with pytest.raises(RuntimeError):
         die_while_writing()
     assert not storage.exists("member")
+
+
+def test_credentials_in_an_address_open_the_store_and_are_not_shown(s3: S3) -> None:
+    s3.make_bucket("secrets")
+    storage = Storage(s3.uri("secrets/folder")).child("below")
+    assert storage.address.startswith("s3://test:test@secrets/folder/below?")
+    assert storage.uri.startswith("s3://***@secrets/folder/below?")
+    storage.write_bytes("member", b"content")
+    assert Storage(storage.address).read_bytes("member") == b"content"
+    config = {"run": {"storage_path": storage.address, "keep_last": 2}, "list": ["http://me:secret@host/x"]}
+    cleaned = {"run": {"storage_path": storage.uri, "keep_last": 2}, "list": ["http://***@host/x"]}
+    assert without_credentials(config) == cleaned
+
+
+def test_a_slash_at_the_end_of_an_address_changes_nothing(s3: S3) -> None:
+    s3.make_bucket("slashes")
+    with_slash = Storage(s3.uri("slashes/folder/"))
+    with_slash.child("below").write_bytes("member", b"content")
+    assert Storage(s3.uri("slashes/folder")).read_bytes("below/member") == b"content"

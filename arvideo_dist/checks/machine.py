@@ -147,7 +147,7 @@ def check_disk(config: RunConfig, needs: Needs) -> list[Finding]:
         assert folder is not None
         missing = max(0, needs.shard_cache - _held(folder, "*.tar"))
         remedy = "lower data.shard_cache_gib or set data.shard_cache to a larger disk"
-        findings.append(_room(folder, missing, "data.shard_cache_gib", remedy))
+        findings.append(_writable(folder) or _room(folder, missing, "data.shard_cache_gib", remedy))
     run = Storage(config.run.storage_path).child(config.run.name)
     if run.is_local:
         held = _held(Path(run.root), f"{FOLDER}/*/*")
@@ -168,6 +168,19 @@ def _room(folder: Path, required: int, what: str, remedy: str, *, ray: bool = Fa
         full = f"{usage.used / usage.total:.0%} are used, and past {_RAY_FULL:.0%} Ray stores no objects"
         return Finding("disk", Level.WARNING, f"{text}; {full}: {remedy}")
     return Finding("disk", Level.OK, text)
+
+
+def _writable(folder: Path) -> Finding | None:
+    """The error where this process cannot write into `folder`, which is made where it is missing."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        message = (
+            f"{folder} cannot be written ({error.strerror}): set data.shard_cache to a folder of your own"
+        )
+        return Finding("disk", Level.ERROR, message)
+    return None
 
 
 def _held(folder: Path, pattern: str) -> int:

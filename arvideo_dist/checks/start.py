@@ -62,7 +62,7 @@ def check_workers_start(
     has its own patience.
     """
     rank, world = dist.get_rank(), dist.get_world_size()
-    run = Storage(guard.run_uri)
+    run = Storage(guard.run_address)
     clock, bound_s = _common_moment(control)
     facts = _all_gather((socket.gethostname(), clock, rank == 0 and _is_new(run)), control)
     hosts, clocks, news = zip(*facts, strict=True)

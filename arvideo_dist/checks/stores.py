@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 from arvideo_dist.checks.finding import Finding, Level, of_os_error
 from arvideo_dist.config import RunConfig
 from arvideo_dist.data.index import DatasetManifest, FileEntry, load_manifest, manifest_name
-from arvideo_dist.storage import Storage
+from arvideo_dist.storage import Storage, shown
 from arvideo_dist.train.data import training_sources, validation_source
 
 _SAMPLE = 8  # shards that a quick look takes, spread over the split
@@ -35,7 +35,7 @@ def scratch_folder(config: RunConfig) -> Storage:
 def check_storage(config: RunConfig, size: int) -> Finding:
     """Write a file of `size` bytes on the run's storage, read it back, delete it."""
     remedy = (
-        f"check run.storage_path {config.run.storage_path} on this machine: that it is mounted or that the "
+        f"check run.storage_path {shown(config.run.storage_path)} on this machine: that it is mounted or that the "
         "credentials and endpoint of the store are in its environment, and that it may be written"
     )
     data, name = os.urandom(size), f".preflight-{uuid.uuid4().hex}"
@@ -194,8 +194,8 @@ def check_mlflow(uri: str) -> Finding:
     try:
         MlflowClient(tracking_uri=uri).search_experiments(max_results=1)
     except MlflowException as error:
-        return Finding("mlflow", Level.ERROR, f"{uri}: {error}: check tracking.uri", passing=True)
-    return Finding("mlflow", Level.OK, f"{uri} answers")
+        return Finding("mlflow", Level.ERROR, f"{shown(uri)}: {error}: check tracking.uri", passing=True)
+    return Finding("mlflow", Level.OK, f"{shown(uri)} answers")
 
 
 def _check_server(uri: str) -> Finding:
@@ -205,7 +205,7 @@ def _check_server(uri: str) -> Finding:
     from mlflow.utils.rest_utils import http_request
 
     def error(message: str, *, passing: bool = False) -> Finding:
-        return Finding("mlflow", Level.ERROR, f"{uri} {message}", passing=passing)
+        return Finding("mlflow", Level.ERROR, f"{shown(uri)} {message}", passing=passing)
 
     try:
         answer = http_request(
@@ -248,7 +248,7 @@ def _check_server(uri: str) -> Finding:
             f"answers {answer.status_code} to experiments/search: check tracking.uri, and the server's log",
             passing=answer.status_code >= 500,
         )
-    return Finding("mlflow", Level.OK, f"{uri} answers")
+    return Finding("mlflow", Level.OK, f"{shown(uri)} answers")
 
 
 def _check_sqlite(uri: str) -> Finding:

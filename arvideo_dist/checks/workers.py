@@ -256,7 +256,7 @@ def _storage(team: Team, config: RunConfig) -> list[Finding]:
         return []
     try:
         return team.findings(
-            "storage", lambda actor, rank: actor.storage.remote(folder.uri, name), _ANSWER_WITHIN_S
+            "storage", lambda actor, rank: actor.storage.remote(folder.address, name), _ANSWER_WITHIN_S
         )
     finally:
         folder.delete(name)

@@ -70,9 +70,10 @@ class ShardCache:
                 with self._lock(left.stem, wait=False) as abandoned:
                     if abandoned:  # nobody is filling it: its process was killed
                         left.unlink(missing_ok=True)
-            files = [(file, file.stat()) for file in self.folder.glob("*.tar")]
-            total = sum(stat.st_size for _, stat in files)
-            total += sum(file.stat().st_size for file in self.folder.glob("*.partial"))
+            # Partial ones first: one that becomes whole meanwhile is counted twice, and never missed.
+            total = sum(stat.st_size for _, stat in self._files("*.partial"))
+            files = self._files("*.tar")
+            total += sum(stat.st_size for _, stat in files)
             for file, stat in sorted(files, key=lambda entry: entry[1].st_mtime_ns):
                 if total + size <= self.limit_bytes:
                     break
@@ -80,6 +81,14 @@ class ShardCache:
                 total -= stat.st_size
             with partial.open("wb") as file_handle:
                 os.posix_fallocate(file_handle.fileno(), 0, max(size, 1))
+
+    def _files(self, pattern: str) -> list[tuple[Path, os.stat_result]]:
+        """Files of the folder; other processes finish and remove some while they are looked at."""
+        found = []
+        for file in self.folder.glob(pattern):
+            with suppress(FileNotFoundError):
+                found.append((file, file.stat()))
+        return found
 
     @contextmanager
     def _lock(self, name: str, wait: bool = True) -> Iterator[bool]:

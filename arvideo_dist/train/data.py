@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from pathlib import Path
 
@@ -40,6 +41,7 @@ def clips_per_epoch(data: DataConfig) -> int:
 
 
 def loader_options(data: DataConfig, *, pin_memory: bool) -> LoaderOptions:
+    default_cache = Path(tempfile.gettempdir()) / f"arvideo-shards-{os.getuid()}"  # as with the index's cache
     return LoaderOptions(
         repeats=data.repeats,
         repeat_windows=data.repeat_windows,
@@ -47,7 +49,7 @@ def loader_options(data: DataConfig, *, pin_memory: bool) -> LoaderOptions:
         device_transforms=data.device_transforms,
         verify_checksums=data.verify_checksums,
         read_retries=data.read_retries,
-        shard_cache=Path(data.shard_cache or Path(tempfile.gettempdir()) / "arvideo-shards"),
+        shard_cache=Path(data.shard_cache or default_cache).expanduser(),
         shard_cache_gib=data.shard_cache_gib,
         hung_after_seconds=data.hung_worker_s,
         pin_memory=pin_memory,

@@ -61,15 +61,15 @@ def with_absolute_paths(config: RunConfig) -> RunConfig:
             "directory is temporary: give an absolute path on shared storage or a URI (s3://...), for example "
             "as ARVIDEO__RUN__STORAGE_PATH"
         )
-    run = config.run.model_copy(update={"storage_path": Storage(config.run.storage_path).uri})
-    path = None if config.data.path is None else Storage(config.data.path).uri
+    run = config.run.model_copy(update={"storage_path": Storage(config.run.storage_path).address})
+    path = None if config.data.path is None else Storage(config.data.path).address
     mixture = tuple(
-        other.model_copy(update={"path": Storage(other.path).uri}) for other in config.data.mixture
+        other.model_copy(update={"path": Storage(other.path).address}) for other in config.data.mixture
     )
     data = config.data.model_copy(update={"path": path, "mixture": mixture})
     model = config.model
     if model.init_from is not None:
-        model = model.model_copy(update={"init_from": Storage(model.init_from).uri})
+        model = model.model_copy(update={"init_from": Storage(model.init_from).address})
     return config.model_copy(update={"run": run, "data": data, "model": model})
 
 
@@ -238,7 +238,7 @@ def _fit_once(
         run_config=api.RunConfig(
             # Ray's own bookkeeping; what a restart continues from are the run's checkpoints alone.
             name=datetime.datetime.now(datetime.UTC).strftime("attempt-%Y%m%dT%H%M%S"),
-            storage_path=run_folder(config).child("ray").uri,
+            storage_path=run_folder(config).child("ray").address,
             # Of lost workers `_fit` decides; nodes lost after a preemption notice are not counted (Ray's default).
             failure_config=api.FailureConfig(max_failures=0),
         ),

@@ -99,12 +99,17 @@ class Record(BaseModel):
 class Guard:
     """One generation of a run's lease, as driver and workers look at it. Pickles to its two strings."""
 
-    def __init__(self, run_uri: str, name: str) -> None:
-        self.run_uri, self.name = run_uri, name
-        self._run = Storage(run_uri)
+    def __init__(self, run_address: str, name: str) -> None:
+        self.run_address, self.name = run_address, name
+        self._run = Storage(run_address)
 
     def __reduce__(self) -> tuple[type[Guard], tuple[str, str]]:
-        return Guard, (self.run_uri, self.name)
+        return Guard, (self.run_address, self.name)
+
+    @property
+    def run_uri(self) -> str:
+        """The run's folder, for people."""
+        return self._run.uri
 
     @property
     def generation(self) -> int:
@@ -134,7 +139,7 @@ class GuardedStorage(Storage):
     """A run's folder in which nothing is changed once a higher generation exists (LeaseLostError)."""
 
     def __init__(self, guard: Guard) -> None:
-        super().__init__(guard.run_uri)
+        super().__init__(guard.run_address)
         self._guard = guard
 
     def _before_change(self) -> None:
@@ -228,7 +233,7 @@ def acquire(run: Storage, lease_s: float) -> Lease:
                     _generation(name) < generation
                 ):  # never of one that took over while this process was held up
                     run.delete(f"{FOLDER}/{name}")
-            return Lease(Guard(run.uri, mine), record)
+            return Lease(Guard(run.address, mine), record)
         run.delete(f"{FOLDER}/{mine}")
         time.sleep(random.uniform(0.2, 1.0))  # so that two who meet do not meet for ever
 

@@ -150,3 +150,12 @@ def test_other_versions_than_the_drivers_are_named() -> None:
     assert (
         f"torch {versions()['torch']} here, 2.12.0 on the driver: start driver and workers" in found.message
     )
+
+
+def test_shard_cache_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    data = {"shard_cache": str(tmp_path / "file/cache"), "shard_cache_gib": 1, "shuffle_block_shards": 4}
+    config = _run_on(tmp_path).model_copy(update={"data": RunConfig.model_validate({"data": data}).data})
+    found = check_disk(config, _needs(data=data))[1]
+    assert found.level is Level.ERROR
+    assert "cannot be written (Not a directory): set data.shard_cache" in found.message

@@ -58,7 +58,7 @@ class HoldingProcess:
 
     def __init__(self, run: Storage, lease_s: float) -> None:
         self.process = subprocess.Popen(
-            [sys.executable, "-c", HOLD, run.uri, str(lease_s)],
+            [sys.executable, "-c", HOLD, run.address, str(lease_s)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -169,7 +169,7 @@ def test_of_drivers_that_start_together_exactly_one_takes_the_run(run: Storage) 
 
 def test_workers_hear_that_the_driver_wants_them_to_stop(run: Storage) -> None:
     with acquire(run, lease_s=3) as lease:
-        workers = Guard(run.uri, lease.guard.name)
+        workers = Guard(run.address, lease.guard.name)
         assert workers.stop_asked() is None
         lease.ask_to_stop("SIGTERM")
     assert workers.stop_asked() == "SIGTERM"
