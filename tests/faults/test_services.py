@@ -40,10 +40,7 @@ def test_full_disk(folder: Path, survived: Callable[..., None], layout: Layout) 
             pytest.skip(f"this process may not mount a small disk: {error}")
         command = run.start()
         command.read_until(FAULT_AT)
-        filler = checkpoints / "filler"
-        with open(filler, "wb", buffering=0) as file, suppress(OSError):
-            while True:
-                file.write(bytes(2**20))
+        filler = _fill(checkpoints)
         assert "No space left" in command.read_until(r"checkpoint.*failed")
         whole = complete_checkpoints(run.folder)
         assert whole, "the checkpoints before it are still there"
@@ -51,6 +48,36 @@ def test_full_disk(folder: Path, survived: Callable[..., None], layout: Layout) 
         filler.unlink()
         assert command.finish() == 0, command.output
         survived(run, "disk full during saves")
+
+
+def _fill(folder: Path) -> Path:
+    """The file that took all room of its disk."""
+    filler = folder / "filler"
+    with open(filler, "wb", buffering=0) as file, suppress(OSError):
+        while True:
+            file.write(bytes(2**20))
+    return filler
+
+
+@pytest.mark.slow
+def test_full_disk_as_workers_start_again(folder: Path, survived: Callable[..., None]) -> None:
+    """All that a run keeps is on it, Ray Train's own bookkeeping and the lease among it."""
+    layout = LAYOUTS[0]
+    name = "full-disk-and-killed-rank"
+    run = write_run(folder, str(folder / "data"), name, layout, run={"max_failed_saves": 50})
+    with ExitStack() as mounted:
+        try:
+            mounted.enter_context(small_disk(Path(run.storage) / name, size_mib=200))
+        except OSError as error:
+            pytest.skip(f"this process may not mount a small disk: {error}")
+        command = run.start()
+        command.read_until(FAULT_AT)
+        filler = _fill(Path(run.storage) / name)
+        command.worker(1).kill()
+        command.read_until("tried again in .*No space left")
+        filler.unlink()
+        assert command.finish() == 0, command.output
+        survived(run, "SIGKILL of rank 1 while the disk is full")
 
 
 @pytest.mark.slow
