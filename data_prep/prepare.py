@@ -2,9 +2,10 @@
 
     progress-<split>/settings.json         what this run makes, from its first moment
     progress-<split>/slice-000000.json     one for each finished slice, written after its shard
-    progress-<split>/base-*                while rejects are retried: the files that are about to be replaced
+    progress-<split>/retried.json, base-*  while rejects are retried: which ones, and the files about to be replaced
 
-A run that ends at any point is continued by the same command: slices with a record are not made again.
+A run that ends at any point is continued by the same command: slices with a record are not made again. Beside
+a finished split the folder counts only where it holds a begun retry; else it is what an ended run left there.
 """
 
 from __future__ import annotations
@@ -39,9 +40,11 @@ from arvideo_dist.storage import Storage
 from data_prep.errors import UserError
 from data_prep.items import DUPLICATE, Inputs, Item, shuffled
 from data_prep.shards import (
+    RETRIED_MANIFEST,
     Outcome,
     Part,
     SliceRecord,
+    clear_progress,
     finished_parts,
     labels_name,
     progress_folder,
@@ -50,6 +53,7 @@ from data_prep.shards import (
 )
 from data_prep.transcode import TranscodeSettings, ffmpeg
 
+_RETRY_STATE = {"retried.json", "base-index.parquet", "base-rejects.parquet", RETRIED_MANIFEST}
 _OPEN_SLICES = 4  # begun and not yet written; bounds the staged videos when one video takes long
 
 
@@ -120,12 +124,13 @@ def _plan(
 ) -> _Plan | DatasetManifest:
     """The plan of this run; the manifest where there is nothing to do."""
     folder = progress_folder(split)
-    begun = storage.names(folder)
-    retrying = "base-manifest.json" in begun
+    begun = set(storage.names(folder))
+    retrying = begun >= _RETRY_STATE
     if retrying:
-        manifest = DatasetManifest.model_validate_json(storage.read_bytes(f"{folder}/base-manifest.json"))
+        manifest = DatasetManifest.model_validate_json(storage.read_bytes(f"{folder}/{RETRIED_MANIFEST}"))
     elif storage.exists(manifest_name(split)):
         manifest = load_manifest(storage, split)
+        clear_progress(storage, split)  # records of other slices under the numbers that a retry gives its own
     elif retry:
         raise UserError(f"--retry-rejects: {storage.uri} has no finished split {split!r} yet; run without it")
     else:
@@ -171,7 +176,7 @@ def _begin_retry(storage: Storage, split: str, manifest: DatasetManifest, inputs
     for source, copy in (
         (manifest.index.name, "base-index.parquet"),
         (manifest.rejects_file.name, "base-rejects.parquet"),
-        (manifest_name(split), "base-manifest.json"),  # the last: with it the retry has begun
+        (manifest_name(split), RETRIED_MANIFEST),  # the last: with it the retry has begun
     ):
         storage.write_bytes(f"{folder}/{copy}", storage.read_bytes(source))
 
