@@ -16,7 +16,7 @@ from typing import Any
 
 import ray
 
-from arvideo_dist.storage import Storage
+from arvideo_dist.storage import PatientStorage, Storage
 from data_prep.errors import UserError
 from data_prep.isolation import Limits, Prober
 from data_prep.items import Item
@@ -55,7 +55,7 @@ def _shard(uri: str, split: str, number: int, parts: list[Any]) -> SliceRecord:
                 video = ray.get(part[1]) if outcome.sample else None
                 yield dataclasses.replace(outcome, video=video)
 
-    return write_slice(Storage(uri), split, number, outcomes())
+    return write_slice(PatientStorage(uri), split, number, outcomes())
 
 
 def _clear_stale() -> None:

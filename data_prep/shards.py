@@ -196,8 +196,7 @@ def clear_progress(storage: Storage, split: str) -> None:
 
 def read_table(storage: Storage, name: str) -> pa.Table:
     """A Parquet member of the storage."""
-    with storage.fs.open_input_file(storage.path(name)) as file:
-        return pq.read_table(file)
+    return pq.read_table(pa.BufferReader(storage.read_bytes(name)))
 
 
 def _write_table(storage: Storage, name: str, table: pa.Table) -> FileEntry:

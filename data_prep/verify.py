@@ -9,6 +9,7 @@ import tarfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from typing import IO, Any
 
 import av
@@ -22,7 +23,7 @@ from arvideo_dist.data.index import (
     ShardEntry,
     load_manifest,
 )
-from arvideo_dist.storage import Storage
+from arvideo_dist.storage import Storage, lasts, patiently
 from data_prep.prepare import fingerprint
 from data_prep.probe import slice_is_reference
 from data_prep.shards import read_table
@@ -63,7 +64,11 @@ def verify(storage: Storage, split: str, decode: int | None, workers: int) -> Re
     droppable = manifest.settings.get("transcode", {}).get("bframes", 0) > 0
     with ThreadPoolExecutor(workers) as threads:
         futures = [
-            threads.submit(_check_shard, storage, shard, by_shard[shard.name], chosen, droppable)
+            threads.submit(
+                patiently,  # a shard that the storage stops giving on the way is read again from its start
+                partial(_check_shard, storage, shard, by_shard[shard.name], chosen, droppable),
+                is_answer=lasts,
+            )
             for shard in manifest.shards
         ]
         for future in futures:
