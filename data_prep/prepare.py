@@ -54,7 +54,7 @@ from data_prep.shards import (
 from data_prep.transcode import TranscodeSettings, ffmpeg
 
 _RETRY_STATE = {"retried.json", "base-index.parquet", "base-rejects.parquet", RETRIED_MANIFEST}
-_OPEN_SLICES = 4  # begun and not yet written; bounds the staged videos when one video takes long
+_OPEN_SLICES = 4  # begun and not yet written, at least; bounds the staged videos when one video takes long
 
 
 class Executor(Protocol):
@@ -236,12 +236,15 @@ class _Slice:
     parts: list[Any]  # in the items' order: an Outcome, or the executor's handle of a video, once handed out
     left: int  # items not handed out yet
     waiting: int = 0  # videos not done yet
+    videos: int = 0  # handed out; staged until the shard is written
 
 
 def _work(
     todo: Iterator[tuple[int, list[Item]]], executor: Executor
 ) -> Iterator[Outcome | tuple[int, SliceRecord]]:
-    """Outcomes and finished slices as they come; `executor.slots` videos and a few slices at a time."""
+    """Outcomes and finished slices as they come; `executor.slots` videos at a time, of as few slices as keep them
+    at work: of small slices, or ones whose inputs are mostly missing, more are open."""
+    opened: dict[int, _Slice] = {}
     videos: dict[Any, _Slice] = {}
     shards: dict[Any, _Slice] = {}  # holds the slice, and so its videos' handles, until its shard is written
     feeding: tuple[_Slice, Iterator[tuple[int, Item]]] | None = None
@@ -250,17 +253,19 @@ def _work(
         if not current.waiting and not current.left:
             shards[executor.shard(current.number, current.parts)] = current
 
-    def begun() -> int:
-        return len({id(current) for current in (*videos.values(), *shards.values())})
+    def may_begin() -> bool:
+        staged, slots = sum(current.videos for current in opened.values()), executor.slots
+        return len(opened) < max(_OPEN_SLICES, slots if staged < 2 * slots else 0)
 
     while True:
         while len(videos) < executor.slots:
             if feeding is None:
-                batch = next(todo, None) if begun() < _OPEN_SLICES else None
+                batch = next(todo, None) if may_begin() else None
                 if batch is None:
                     break
                 number, items = batch
-                feeding = (_Slice(number, [None] * len(items), left=len(items)), _largest_first(items))
+                opened[number] = _Slice(number, [None] * len(items), left=len(items))
+                feeding = (opened[number], _largest_first(items))
             current, handing_out = feeding
             place, item = next(handing_out)
             current.left -= 1
@@ -273,6 +278,7 @@ def _work(
                 videos[handle] = current
                 current.parts[place] = handle
                 current.waiting += 1
+                current.videos += 1
             if not current.left:
                 feeding = None
                 close_if_complete(current)
@@ -280,7 +286,9 @@ def _work(
             return
         for handle in executor.wait(videos.keys() | shards.keys()):
             if handle in shards:
-                yield shards.pop(handle).number, executor.record(handle)
+                number = shards.pop(handle).number
+                del opened[number]
+                yield number, executor.record(handle)
             else:
                 current = videos.pop(handle)
                 current.waiting -= 1

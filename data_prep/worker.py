@@ -27,6 +27,7 @@ from data_prep.shards import Outcome, Sample, SliceRecord, write_slice
 from data_prep.transcode import TranscodeSettings, accept, encode_raw, transcode
 
 _PIECE_BYTES = 2**20
+_SCRATCH = "data-prep-"
 _TRIES = 6  # of one video, where its helpers are killed from outside (an operator, the kernel out of memory)
 
 
@@ -134,6 +135,15 @@ def _kind(mode: int) -> str:
     return names.get(stat.S_IFMT(mode), "a device")
 
 
+def scratch_prefix() -> str:
+    """Of this process's folders in the machine's temporary folder; removes there what killed processes left."""
+    for folder in Path(tempfile.gettempdir()).glob(f"{_SCRATCH}*-*"):
+        pid = folder.name.removeprefix(_SCRATCH).split("-")[0]
+        if pid.isdigit() and not Path(f"/proc/{pid}").exists():
+            shutil.rmtree(folder, ignore_errors=True)
+    return f"{_SCRATCH}{os.getpid()}-"
+
+
 class LocalPool:
     """`workers` threads on this machine. Use as a context manager; leaving it ends every helper."""
 
@@ -145,11 +155,13 @@ class LocalPool:
         self._threads = ThreadPoolExecutor(workers, thread_name_prefix="data-prep")
         self._local = threading.local()
         self._probers: list[Prober] = []
-        base = storage.path() if storage.is_local else None
-        if base:  # what a killed run left
-            for stale in Path(base).glob(f".work-{split}-*"):
+        if storage.is_local:  # beside the output, which is this run's alone: others there are of killed runs
+            base, prefix = Path(storage.path()), f".work-{split}-"
+            for stale in base.glob(f"{prefix}*"):
                 shutil.rmtree(stale, ignore_errors=True)
-        self._staging = Path(tempfile.mkdtemp(prefix=f".work-{split}-", dir=base))
+            self._staging = Path(tempfile.mkdtemp(prefix=prefix, dir=base))
+        else:
+            self._staging = Path(tempfile.mkdtemp(prefix=scratch_prefix()))
 
     def __enter__(self) -> LocalPool:
         return self

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import os
+import subprocess
+import sys
+import tempfile
 import threading
 from pathlib import Path
 from typing import Any
@@ -75,6 +79,20 @@ def test_an_upload_that_fails_leaves_nothing_whole_and_is_continued(
     assert {
         name: hashlib.sha256(storage.read_bytes(name)).hexdigest() for name in storage.names()
     } == digests(tmp_path / "disk")
+
+
+def test_staged_videos_of_a_killed_run_are_removed_and_those_of_a_running_one_are_not(
+    bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    kept = [f"data-prep-{os.getpid()}-mine", "data-prep-notes"]
+    for name in (*kept, f"data-prep-{ended.pid}-killed"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "video.mp4").touch()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    assert prepare(monkeypatch, "synthetic", "--num-videos", 2, *SMALL, "--out", bucket) == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(kept)
 
 
 AWAY_S = 10.0  # several times what the store's client repeats a request by itself
