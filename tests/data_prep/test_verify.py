@@ -167,14 +167,14 @@ def test_a_b_picture_that_is_a_reference_is_found(tmp_path: Path) -> None:
 
 
 def test_a_long_video_is_decoded_without_keeping_its_pictures(tmp_path: Path) -> None:
-    long = make(tmp_path / "long.mp4", source="testsrc2=s=640x480:r=25:d=8").read_bytes()
+    long = make(tmp_path / "long.mp4", source="testsrc2=s=320x240:r=25:d=8").read_bytes()
     tracemalloc.start()
     try:
-        assert check_video(long, {"frames": 200, "width": 640, "height": 480}, droppable=False) == []
+        assert check_video(long, {"frames": 200, "width": 320, "height": 240}, droppable=False) == []
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
-    assert peak < 20 * 640 * 480 * 3 // 2
+    assert peak < 20 * 320 * 240 * 3 // 2
 
 
 def test_rows_are_grouped_by_their_shards_whatever_their_order() -> None:
