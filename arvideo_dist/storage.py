@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import errno
 import hashlib
 import os
 import re
@@ -18,6 +19,7 @@ import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
@@ -29,6 +31,18 @@ Result = TypeVar("Result")
 _CHUNK_BYTES = 8 * 2**20
 _PATIENCE_S = 180.0
 _LONGEST_PAUSE_S = 15.0
+# What time does not mend: rights, a path through a file, a full disk, and the object stores' words for the same.
+_LASTING = {
+    errno.EACCES,
+    errno.EPERM,
+    errno.EROFS,
+    errno.ENOTDIR,
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.ENOENT,
+    errno.EEXIST,
+}
+_LASTING_WORDS = ("ACCESS_DENIED", "NO_SUCH_BUCKET", "INVALID_ACCESS_KEY_ID", "SIGNATURE_DOES_NOT_MATCH")
 
 
 class Storage:
@@ -195,7 +209,7 @@ class Storage:
                 yield stream
         except BaseException:
             with contextlib.suppress(OSError):
-                self.delete(name)
+                Storage.delete(self, name)  # once, also where the storage is patient: the upload may follow
             raise
 
     def _upload(self, name: str, content: pa.Buffer) -> None:
@@ -205,20 +219,33 @@ class Storage:
             stream.write(content)
 
 
-def patiently(action: Callable[[], Result], patience_s: float = _PATIENCE_S) -> Result:
+def is_missing(error: OSError) -> bool:
+    return isinstance(error, FileNotFoundError)
+
+
+def lasts(error: OSError) -> bool:
+    """Whether time alone does not mend `error`."""
+    words = any(word in str(error) for word in _LASTING_WORDS)
+    return error.errno in _LASTING or is_missing(error) or words
+
+
+def patiently(
+    action: Callable[[], Result],
+    patience_s: float = _PATIENCE_S,
+    is_answer: Callable[[OSError], bool] = is_missing,
+) -> Result:
     """The result of `action`, tried again with growing pauses while the storage fails; what fails still after
     `patience_s` seconds is raised.
 
-    Only for actions that may be done twice. A member that is missing is an answer and raised at once.
+    Only for actions that may be done twice. An error that `is_answer`, such as a missing member, is raised at
+    once.
     """
     began, pause = time.monotonic(), 0.5
     while True:
         try:
             return action()
-        except FileNotFoundError:
-            raise
         except OSError as error:
-            if time.monotonic() - began + pause > patience_s:
+            if is_answer(error) or time.monotonic() - began + pause > patience_s:
                 raise
             print(f"tried again in {pause:g} s: {error}", flush=True)
             time.sleep(pause)
@@ -239,6 +266,41 @@ def without_credentials(value: Any) -> Any:
     if isinstance(value, list):
         return [without_credentials(each) for each in value]
     return value
+
+
+class PatientStorage(Storage):
+    """A storage that may fail for a while: what reads and publishes whole members is done `patiently`."""
+
+    def exists(self, name: str = "") -> bool:
+        return self._patiently(partial(super().exists, name))
+
+    def size(self, name: str) -> int:
+        return self._patiently(partial(super().size, name))
+
+    def names(self, folder: str = "") -> list[str]:
+        return self._patiently(partial(super().names, folder))
+
+    def read_bytes(self, name: str) -> bytes:
+        return self._patiently(partial(super().read_bytes, name))
+
+    def read_range(self, name: str, offset: int, size: int) -> bytes:
+        return self._patiently(partial(super().read_range, name, offset, size))
+
+    def sha256(self, name: str) -> str:
+        return self._patiently(partial(super().sha256, name))
+
+    def write_bytes(self, name: str, data: bytes) -> None:
+        self._patiently(partial(super().write_bytes, name, data))
+
+    def put_file(self, local: Path, name: str) -> None:
+        self._patiently(partial(super().put_file, local, name))
+
+    def delete(self, name: str) -> None:
+        self._patiently(partial(super().delete, name))
+
+    @staticmethod
+    def _patiently(action: Callable[[], Result]) -> Result:
+        return patiently(action, is_answer=lasts)
 
 
 def _with_limits(uri: str) -> str:

@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 
 from pydantic import ValidationError
 
-from arvideo_dist.storage import Storage
+from arvideo_dist.storage import PatientStorage, Storage
 from data_prep.arguments import Arguments, options, parser
 from data_prep.errors import UserError
 from data_prep.prepare import prepare, run_settings, sole_writer, summary
@@ -37,7 +37,7 @@ def run_verify(arguments: Arguments) -> int:
 
     if arguments.decode != "all" and not arguments.decode.isdigit():
         raise UserError(f"--decode {arguments.decode}: a number or all")
-    storage = Storage(arguments.out)
+    storage = PatientStorage(arguments.out)
     decode = None if arguments.decode == "all" else int(arguments.decode)
     reports = [
         verify(storage, split, decode, arguments.workers) for split in _splits(storage, arguments.split)
@@ -58,7 +58,7 @@ def run_stats(arguments: Arguments) -> int:
     """Print the figures of splits and write their pictures."""
     from data_prep.stats import stats
 
-    storage = Storage(arguments.out)
+    storage = PatientStorage(arguments.out)
     for split in _splits(storage, arguments.split):
         print(stats(storage, split))
     return 0
@@ -68,7 +68,7 @@ def run(arguments: Arguments) -> int:
     """Prepare one split; returns the exit code."""
     started = time.monotonic()
     chosen = options(arguments)
-    storage = Storage(arguments.out)
+    storage = PatientStorage(arguments.out)
     inputs = arguments.read(arguments)
     shard_size = chosen.shard_size(len(inputs.items))
     settings = run_settings(inputs, chosen.transcode, shard_size, arguments.shuffle_seed)

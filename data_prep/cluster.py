@@ -7,8 +7,6 @@ shard was written; nothing else is repeated. The driver sees outcomes, never vid
 from __future__ import annotations
 
 import dataclasses
-import os
-import shutil
 import socket
 import tempfile
 from pathlib import Path
@@ -16,17 +14,16 @@ from typing import Any
 
 import ray
 
-from arvideo_dist.storage import Storage
+from arvideo_dist.storage import PatientStorage, Storage
 from data_prep.errors import UserError
 from data_prep.isolation import Limits, Prober
 from data_prep.items import Item
 from data_prep.shards import Outcome, SliceRecord, write_slice
 from data_prep.transcode import TranscodeSettings
-from data_prep.worker import process
+from data_prep.worker import process, scratch_prefix
 
 # Of a task whose worker or node dies. Videos cannot kill a worker, so more deaths are the cluster's fault.
 _MAX_RETRIES = 20
-_WORK = "data-prep-"
 
 _prober: Prober | None = None  # one for each worker process
 
@@ -35,8 +32,7 @@ _prober: Prober | None = None  # one for each worker process
 def _video(item: Item, settings: TranscodeSettings, limits: Limits) -> tuple[Outcome, bytes]:
     global _prober
     _prober = _prober or Prober(limits)
-    _clear_stale()
-    with tempfile.TemporaryDirectory(prefix=f"{_WORK}{os.getpid()}-") as folder:
+    with tempfile.TemporaryDirectory(prefix=scratch_prefix()) as folder:
         outcome = process(item, Path(folder), settings, limits, _prober)
         data = outcome.video.read_bytes() if isinstance(outcome.video, Path) else b""
     return dataclasses.replace(outcome, video=None), data
@@ -55,15 +51,7 @@ def _shard(uri: str, split: str, number: int, parts: list[Any]) -> SliceRecord:
                 video = ray.get(part[1]) if outcome.sample else None
                 yield dataclasses.replace(outcome, video=video)
 
-    return write_slice(Storage(uri), split, number, outcomes())
-
-
-def _clear_stale() -> None:
-    """Remove the folders of workers of this machine that were killed."""
-    for folder in Path(tempfile.gettempdir()).glob(f"{_WORK}*-*"):
-        pid = folder.name.removeprefix(_WORK).split("-")[0]
-        if pid.isdigit() and not Path(f"/proc/{pid}").exists():
-            shutil.rmtree(folder, ignore_errors=True)
+    return write_slice(PatientStorage(uri), split, number, outcomes())
 
 
 class RayPool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import replace
@@ -19,6 +20,9 @@ from data_prep.errors import UserError
 from data_prep.folder import VIDEO_SUFFIXES, walk
 from data_prep.items import DUPLICATE, Inputs, Item, printable
 
+# Of protobuf's text format what label maps use: entries that hold fields with one word or a quoted text.
+_PROTO_FIELD = re.compile(r"""(\w+)\s*:\s*(?:(["'])(.*?)\2|(\d+|\w+))""")
+_PROTO_ENTRY = re.compile(r"""\b(?:label|item)\s*\{((?:"[^"]*"|'[^']*'|[^{}"'])*)\}""")
 KINETICS_LABELS = {"kinetics400": 400, "kinetics600": 600, "kinetics700": 700}
 
 
@@ -51,11 +55,13 @@ class VideoFiles:
 
 
 def read_label_map(path: str) -> list[str]:
-    """Label names by index from a file: one name a line, `index: name` lines (AVA), or a JSON object
-    `{name: index}` (Something-Something V2). Indices without a name get an empty one."""
+    """Label names by index from a file: one name a line, `index: name` lines, a JSON object `{name: index}`
+    (Something-Something V2), or AVA's `.pbtxt` of labels or items. Indices without a name get an empty one."""
     text = _read(path, "--label-map")
     if path.endswith(".json"):
         numbered = {int(index): name for name, index in _json(text, path).items()}
+    elif path.endswith(".pbtxt"):
+        numbered = _text_proto_labels(text, path)
     else:
         lines = [line.strip() for line in text.splitlines() if line.strip()]
         pairs = [line.partition(": ") for line in lines]
@@ -66,6 +72,19 @@ def read_label_map(path: str) -> list[str]:
     if not numbered:
         raise UserError(f"--label-map {path}: it names no labels")
     return [numbered.get(index, "") for index in range(max(numbered) + 1)]
+
+
+def _text_proto_labels(text: str, path: str) -> dict[int, str]:
+    """`label { name: "..." label_id: 1 label_type: ... }`, or `item { name: "..." id: 1 }` (AVA at ActivityNet)."""
+    entries = _PROTO_ENTRY.findall(text)
+    numbered = {}
+    for entry in entries:
+        fields = {name: quoted or word for name, _, quoted, word in _PROTO_FIELD.findall(entry)}
+        index = fields.get("label_id", fields.get("id", ""))
+        if not index.isdigit() or "name" not in fields:
+            raise UserError(f"--label-map {path}: no name and number in {' '.join(entry.split())!r}")
+        numbered[int(index)] = fields["name"]
+    return numbered
 
 
 def _read(path: str, option: str) -> str:
@@ -216,6 +235,19 @@ def ava(annotations: str, videos: str, label_map: str | None, video_start: float
         for video, lines in boxes.items()
     ]
     labels = read_label_map(label_map) if label_map else []
+    if labels:
+        actions = {
+            int(fields[5])
+            for lines in boxes.values()
+            for fields in (line.split(",") for line in lines)
+            if fields[5]
+        }
+        named = {index for index, name in enumerate(labels) if name}
+        if unknown := sorted(actions - named):
+            raise UserError(
+                f"--label-map {label_map}: it does not name the actions {', '.join(map(str, unknown))} of "
+                f"{annotations}; the publishers' ava_action_list_v2.2.pbtxt names all 80"
+            )
     return _inputs("ava", annotations, items, labels, files, [])
 
 

@@ -6,7 +6,7 @@ import os
 from collections import Counter
 from pathlib import Path
 
-from data_prep.errors import UserError
+from data_prep.errors import UserError, is_machines_fault
 from data_prep.items import Inputs, Item, printable
 
 _SUFFIXES = (
@@ -20,6 +20,7 @@ def walk(top: Path) -> tuple[list[Path], list[tuple[Path, str]]]:
     """Every entry below `top` that is not a folder, sorted, and the folders that cannot be entered, with why.
 
     Links to folders are followed; one that leads back to a folder on its own path is reported, not entered.
+    Raises OSError where the disk or mount fails.
     """
     files: list[Path] = []
     refused: list[tuple[Path, str]] = []
@@ -33,12 +34,16 @@ def walk(top: Path) -> tuple[list[Path], list[tuple[Path, str]]]:
                 return
             entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
         except OSError as error:
+            if is_machines_fault(error):
+                raise
             refused.append((folder, f"unreadable: {error.strerror}"))
             return
         for entry in entries:
             try:
                 is_folder = entry.is_dir()
-            except OSError:
+            except OSError as error:
+                if is_machines_fault(error):
+                    raise
                 is_folder = False  # a link to itself: opening it says so
             if is_folder:
                 enter(folder / entry.name, above | {identity})

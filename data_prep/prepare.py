@@ -2,9 +2,10 @@
 
     progress-<split>/settings.json         what this run makes, from its first moment
     progress-<split>/slice-000000.json     one for each finished slice, written after its shard
-    progress-<split>/base-*                while rejects are retried: the files that are about to be replaced
+    progress-<split>/retried.json, base-*  while rejects are retried: which ones, and the files about to be replaced
 
-A run that ends at any point is continued by the same command: slices with a record are not made again.
+A run that ends at any point is continued by the same command: slices with a record are not made again. Beside
+a finished split the folder counts only where it holds a begun retry; else it is what an ended run left there.
 """
 
 from __future__ import annotations
@@ -39,9 +40,11 @@ from arvideo_dist.storage import Storage
 from data_prep.errors import UserError
 from data_prep.items import DUPLICATE, Inputs, Item, shuffled
 from data_prep.shards import (
+    RETRIED_MANIFEST,
     Outcome,
     Part,
     SliceRecord,
+    clear_progress,
     finished_parts,
     labels_name,
     progress_folder,
@@ -50,7 +53,8 @@ from data_prep.shards import (
 )
 from data_prep.transcode import TranscodeSettings, ffmpeg
 
-_OPEN_SLICES = 4  # begun and not yet written; bounds the staged videos when one video takes long
+_RETRY_STATE = {"retried.json", "base-index.parquet", "base-rejects.parquet", RETRIED_MANIFEST}
+_OPEN_SLICES = 4  # begun and not yet written, at least; bounds the staged videos when one video takes long
 
 
 class Executor(Protocol):
@@ -120,12 +124,13 @@ def _plan(
 ) -> _Plan | DatasetManifest:
     """The plan of this run; the manifest where there is nothing to do."""
     folder = progress_folder(split)
-    begun = storage.names(folder)
-    retrying = "base-manifest.json" in begun
+    begun = set(storage.names(folder))
+    retrying = begun >= _RETRY_STATE
     if retrying:
-        manifest = DatasetManifest.model_validate_json(storage.read_bytes(f"{folder}/base-manifest.json"))
+        manifest = DatasetManifest.model_validate_json(storage.read_bytes(f"{folder}/{RETRIED_MANIFEST}"))
     elif storage.exists(manifest_name(split)):
         manifest = load_manifest(storage, split)
+        clear_progress(storage, split)  # records of other slices under the numbers that a retry gives its own
     elif retry:
         raise UserError(f"--retry-rejects: {storage.uri} has no finished split {split!r} yet; run without it")
     else:
@@ -171,7 +176,7 @@ def _begin_retry(storage: Storage, split: str, manifest: DatasetManifest, inputs
     for source, copy in (
         (manifest.index.name, "base-index.parquet"),
         (manifest.rejects_file.name, "base-rejects.parquet"),
-        (manifest_name(split), "base-manifest.json"),  # the last: with it the retry has begun
+        (manifest_name(split), RETRIED_MANIFEST),  # the last: with it the retry has begun
     ):
         storage.write_bytes(f"{folder}/{copy}", storage.read_bytes(source))
 
@@ -231,12 +236,15 @@ class _Slice:
     parts: list[Any]  # in the items' order: an Outcome, or the executor's handle of a video, once handed out
     left: int  # items not handed out yet
     waiting: int = 0  # videos not done yet
+    videos: int = 0  # handed out; staged until the shard is written
 
 
 def _work(
     todo: Iterator[tuple[int, list[Item]]], executor: Executor
 ) -> Iterator[Outcome | tuple[int, SliceRecord]]:
-    """Outcomes and finished slices as they come; `executor.slots` videos and a few slices at a time."""
+    """Outcomes and finished slices as they come; `executor.slots` videos at a time, of as few slices as keep them
+    at work: of small slices, or ones whose inputs are mostly missing, more are open."""
+    opened: dict[int, _Slice] = {}
     videos: dict[Any, _Slice] = {}
     shards: dict[Any, _Slice] = {}  # holds the slice, and so its videos' handles, until its shard is written
     feeding: tuple[_Slice, Iterator[tuple[int, Item]]] | None = None
@@ -245,17 +253,19 @@ def _work(
         if not current.waiting and not current.left:
             shards[executor.shard(current.number, current.parts)] = current
 
-    def begun() -> int:
-        return len({id(current) for current in (*videos.values(), *shards.values())})
+    def may_begin() -> bool:
+        staged, slots = sum(current.videos for current in opened.values()), executor.slots
+        return len(opened) < max(_OPEN_SLICES, slots if staged < 2 * slots else 0)
 
     while True:
         while len(videos) < executor.slots:
             if feeding is None:
-                batch = next(todo, None) if begun() < _OPEN_SLICES else None
+                batch = next(todo, None) if may_begin() else None
                 if batch is None:
                     break
                 number, items = batch
-                feeding = (_Slice(number, [None] * len(items), left=len(items)), _largest_first(items))
+                opened[number] = _Slice(number, [None] * len(items), left=len(items))
+                feeding = (opened[number], _largest_first(items))
             current, handing_out = feeding
             place, item = next(handing_out)
             current.left -= 1
@@ -268,6 +278,7 @@ def _work(
                 videos[handle] = current
                 current.parts[place] = handle
                 current.waiting += 1
+                current.videos += 1
             if not current.left:
                 feeding = None
                 close_if_complete(current)
@@ -275,7 +286,9 @@ def _work(
             return
         for handle in executor.wait(videos.keys() | shards.keys()):
             if handle in shards:
-                yield shards.pop(handle).number, executor.record(handle)
+                number = shards.pop(handle).number
+                del opened[number]
+                yield number, executor.record(handle)
             else:
                 current = videos.pop(handle)
                 current.waiting -= 1

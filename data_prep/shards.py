@@ -31,6 +31,8 @@ from arvideo_dist.data.index import (
 )
 from arvideo_dist.storage import Storage
 
+RETRIED_MANIFEST = "base-manifest.json"  # in the progress folder: of the split whose rejects are retried
+
 
 class Sample(BaseModel):
     """A finished video before it has a place in a shard."""
@@ -178,14 +180,23 @@ def publish(
         shards=[shard for part in parts for shard in part.shards],
     )
     storage.write_bytes(manifest_name(split), manifest.model_dump_json(indent=1).encode())
-    storage.delete(progress_folder(split))
+    clear_progress(storage, split)
     return manifest
+
+
+def clear_progress(storage: Storage, split: str) -> None:
+    """Remove what a run that has ended noted on its way.
+
+    A retry is in progress while its manifest stands there: that goes first, so a folder of which only a part
+    was removed is never taken for a retry again.
+    """
+    storage.delete(f"{progress_folder(split)}/{RETRIED_MANIFEST}")
+    storage.delete(progress_folder(split))
 
 
 def read_table(storage: Storage, name: str) -> pa.Table:
     """A Parquet member of the storage."""
-    with storage.fs.open_input_file(storage.path(name)) as file:
-        return pq.read_table(file)
+    return pq.read_table(pa.BufferReader(storage.read_bytes(name)))
 
 
 def _write_table(storage: Storage, name: str, table: pa.Table) -> FileEntry:

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import hashlib
+import heapq
 import io
 import json
 import tarfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from typing import IO, Any
 
 import av
-import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from arvideo_dist.data.index import (
     INDEX_SCHEMA,
@@ -22,12 +25,14 @@ from arvideo_dist.data.index import (
     ShardEntry,
     load_manifest,
 )
-from arvideo_dist.storage import Storage
+from arvideo_dist.storage import Storage, lasts, patiently
 from data_prep.prepare import fingerprint
 from data_prep.probe import slice_is_reference
 from data_prep.shards import read_table
 
 _JSON_FIELDS = ("key", "width", "height", "fps", "frames", "duration", "label", "label_name", "source")
+
+_Picture = tuple[tuple[int, ...], bytes]  # shape and digest of the YUV planes
 
 
 @dataclass
@@ -50,20 +55,21 @@ def verify(storage: Storage, split: str, decode: int | None, workers: int) -> Re
     report = Report(split)
     if fingerprint(manifest.settings) != manifest.fingerprint:
         report.problems.append("manifest: the fingerprint is not that of its settings")
-    rows = _index_rows(storage, manifest, report)
-    chosen = {row["key"] for row in _spread(rows, decode)}
-    by_shard: dict[str, list[dict[str, Any]]] = {shard.name: [] for shard in manifest.shards}
-    for row in rows:
-        if row["shard"] in by_shard:
-            by_shard[row["shard"]].append(row)
-        else:
-            report.problems.append(
-                f"index: {row['key']} is in {row['shard']}, which the manifest does not name"
-            )
+    index = _checked_index(storage, manifest, report)
+    chosen = None if decode is None else _spread(index["key"], decode)
+    by_shard = _by_shard(index)
+    names = {shard.name for shard in manifest.shards}
+    for name in sorted(by_shard.keys() - names, key=str):
+        rows = sum(run.num_rows for run in by_shard[name])
+        report.problems.append(f"index: {rows} row(s) are in {name}, which the manifest does not name")
     droppable = manifest.settings.get("transcode", {}).get("bframes", 0) > 0
     with ThreadPoolExecutor(workers) as threads:
         futures = [
-            threads.submit(_check_shard, storage, shard, by_shard[shard.name], chosen, droppable)
+            threads.submit(
+                patiently,  # a shard that the storage stops giving on the way is read again from its start
+                partial(_check_shard, storage, shard, by_shard.get(shard.name, []), chosen, droppable),
+                is_answer=lasts,
+            )
             for shard in manifest.shards
         ]
         for future in futures:
@@ -73,12 +79,14 @@ def verify(storage: Storage, split: str, decode: int | None, workers: int) -> Re
             report.decoded += part.decoded
             report.problems += part.problems
     for name in storage.names():
-        if name.startswith(f"{split}-") and name.endswith(".tar") and name not in by_shard:
+        if name.startswith(f"{split}-") and name.endswith(".tar") and name not in names:
             report.problems.append(f"{name}: the manifest does not name this shard")
     return report
 
 
-def _index_rows(storage: Storage, manifest: DatasetManifest, report: Report) -> list[dict[str, Any]]:
+def _checked_index(storage: Storage, manifest: DatasetManifest, report: Report) -> pa.Table:
+    """The index; without rows where it cannot be relied on."""
+
     def checked(entry: FileEntry) -> bool:
         if not storage.exists(entry.name):
             report.problems.append(f"{entry.name}: missing")
@@ -93,21 +101,34 @@ def _index_rows(storage: Storage, manifest: DatasetManifest, report: Report) -> 
         if not rejects.schema.equals(REJECTS_SCHEMA) or rejects.num_rows != manifest.rejects:
             report.problems.append(f"{manifest.rejects_file.name}: other columns or rows than promised")
     if not checked(manifest.index):
-        return []
+        return INDEX_SCHEMA.empty_table()
     index = read_table(storage, manifest.index.name)
     if not index.schema.equals(INDEX_SCHEMA) or index.num_rows != manifest.samples:
         report.problems.append(f"{manifest.index.name}: other columns or rows than promised")
-    rows: list[dict[str, Any]] = index.to_pylist()
-    if len({row["key"] for row in rows}) != len(rows):
+    if not index.schema.equals(INDEX_SCHEMA):
+        return INDEX_SCHEMA.empty_table()
+    if pc.count_distinct(index["key"]).as_py() != index.num_rows:
         report.problems.append(f"{manifest.index.name}: a key appears twice")
-    return rows
+    return index
 
 
-def _spread(rows: list[dict[str, Any]], count: int | None) -> list[dict[str, Any]]:
-    """`count` rows drawn by the hash of their keys: the same ones each time, from all over the split."""
-    if count is None:
-        return rows
-    return sorted(rows, key=lambda row: hashlib.sha256(row["key"].encode()).digest())[:count]
+def _spread(keys: pa.ChunkedArray, count: int) -> set[str]:
+    """`count` keys drawn by their hash: the same ones each time, from all over the split."""
+    drawn = (str(key) for key in keys)
+    return set(heapq.nsmallest(count, drawn, key=lambda key: hashlib.sha256(key.encode()).digest()))
+
+
+def _by_shard(index: pa.Table) -> dict[str, list[pa.Table]]:
+    """Views of the runs of rows that stand in one shard."""
+    runs: dict[str, list[pa.Table]] = {}
+    place = 0
+    for chunk in index["shard"].chunks:
+        encoded = pc.run_end_encode(chunk)
+        ends = encoded.run_ends.to_pylist()
+        for name, begin, end in zip(encoded.values.to_pylist(), [0, *ends], ends, strict=False):
+            runs.setdefault(name, []).append(index.slice(place + begin, end - begin))
+        place += len(chunk)
+    return runs
 
 
 class _Hashed(io.RawIOBase):
@@ -127,10 +148,11 @@ class _Hashed(io.RawIOBase):
 
 
 def _check_shard(
-    storage: Storage, shard: ShardEntry, rows: list[dict[str, Any]], chosen: set[str], droppable: bool
+    storage: Storage, shard: ShardEntry, runs: list[pa.Table], chosen: set[str] | None, droppable: bool
 ) -> Report:
-    """One pass over a shard: digest, members against rows, and the chosen samples decoded."""
+    """One pass over a shard: digest, members against rows, and the chosen samples decoded, all where None."""
     report = Report(shard.name)
+    rows = [row for run in runs for row in run.to_pylist()]
     expected = {row["key"]: row for row in rows}
     if not storage.exists(shard.name):
         report.problems.append(f"{shard.name}: missing")
@@ -144,8 +166,9 @@ def _check_shard(
                     report.problems.append(f"{shard.name}: {key} is not in the index, or twice in the shard")
                     continue
                 report.samples += 1
-                found = _check_sample(row, video, offset, described, key in chosen, droppable)
-                report.decoded += key in chosen
+                decode = chosen is None or key in chosen
+                found = _check_sample(row, video, offset, described, decode, droppable)
+                report.decoded += decode
                 report.problems += [f"{shard.name}: {key}: {problem}" for problem in found]
         except (tarfile.TarError, ValueError, EOFError) as error:
             report.problems.append(f"{shard.name}: not a whole tar of samples: {error}")
@@ -161,9 +184,9 @@ def _check_shard(
     return report
 
 
-def _samples(stream: _Hashed) -> Iterator[tuple[str, bytes, int, dict[str, Any]]]:
+def _samples(stream: _Hashed) -> Iterator[tuple[str, bytes, int, object]]:
     """(key, video, the video's offset, JSON) of each sample; ValueError where the members do not pair up."""
-    described: tuple[str, dict[str, Any]] | None = None
+    described: tuple[str, object] | None = None
     with tarfile.open(fileobj=stream, mode="r|") as tar:
         for member in tar:
             key, _, suffix = member.name.partition(".")
@@ -181,7 +204,7 @@ def _samples(stream: _Hashed) -> Iterator[tuple[str, bytes, int, dict[str, Any]]
 
 
 def _check_sample(
-    row: dict[str, Any], video: bytes, offset: int, described: dict[str, Any], decode: bool, droppable: bool
+    row: dict[str, Any], video: bytes, offset: int, described: object, decode: bool, droppable: bool
 ) -> list[str]:
     problems = []
     if (offset, len(video)) != (row["offset"], row["size"]):
@@ -190,8 +213,13 @@ def _check_sample(
         )
     if hashlib.sha256(video).hexdigest() != row["sha256"]:
         return [*problems, "checksum differs from the index's"]
+    if not isinstance(described, dict):
+        return [*problems, "its JSON is not an object"]
+    problems += [f"its JSON has no {name}" for name in _JSON_FIELDS if name not in described]
     problems += [
-        f"{name} differs between JSON and index" for name in _JSON_FIELDS if described[name] != row[name]
+        f"{name} differs between JSON and index"
+        for name in _JSON_FIELDS
+        if name in described and described[name] != row[name]
     ]
     if decode:
         problems += check_video(video, row, droppable)
@@ -211,13 +239,9 @@ def check_video(video: bytes, row: dict[str, Any], droppable: bool) -> list[str]
     problems = []
     if len(pictures) != row["frames"]:
         problems.append(f"{len(pictures)} pictures decode, the index says {row['frames']}")
-    if any(picture.shape != (row["height"] * 3 // 2, row["width"]) for picture in pictures.values()):
+    if any(shape != (row["height"] * 3 // 2, row["width"]) for shape, _ in pictures.values()):
         problems.append("pictures of another size than the index says")
-    changed = [
-        time
-        for time in remaining
-        if time not in pictures or not np.array_equal(remaining[time], pictures[time])
-    ]
+    changed = [time for time, picture in remaining.items() if pictures.get(time) != picture]
     if changed:
         problems.append(f"{len(changed)} pictures change when droppable ones are left out")
     if droppable and b_references:
@@ -225,10 +249,10 @@ def check_video(video: bytes, row: dict[str, Any], droppable: bool) -> list[str]
     return problems
 
 
-def _decode(video: bytes, drop: bool) -> tuple[dict[int, np.ndarray], int]:
-    """Pictures by time (YUV planes), without those that nothing refers to where `drop` is set; and how many
-    B-pictures are marked as references."""
-    pictures: dict[int, np.ndarray] = {}
+def _decode(video: bytes, drop: bool) -> tuple[dict[int, _Picture], int]:
+    """Pictures by time, without those that nothing refers to where `drop` is set; and how many B-pictures are
+    marked as references."""
+    pictures: dict[int, _Picture] = {}
     references = set()
     b_references = 0
     with av.open(io.BytesIO(video), mode="r") as container:
@@ -243,6 +267,7 @@ def _decode(video: bytes, drop: bool) -> tuple[dict[int, np.ndarray], int]:
             for frame in packet.decode():
                 assert isinstance(frame, av.VideoFrame)
                 assert frame.pts is not None
-                pictures[frame.pts] = frame.to_ndarray()
+                planes = frame.to_ndarray()
+                pictures[frame.pts] = planes.shape, hashlib.blake2b(planes.tobytes()).digest()
                 b_references += frame.pts in references and frame.pict_type == av.video.frame.PictureType.B
     return pictures, b_references

@@ -13,18 +13,21 @@ import stat
 import tempfile
 import threading
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from arvideo_dist.storage import Storage
+from arvideo_dist.storage import Storage, patiently
 from data_prep import boxes, synthetic
-from data_prep.errors import Interrupted, Rejected
+from data_prep.errors import Interrupted, Rejected, is_machines_fault
 from data_prep.isolation import Limits, Prober, allow_helpers
 from data_prep.items import Item
 from data_prep.probe import VideoInfo
 from data_prep.shards import Outcome, Sample, SliceRecord, write_slice
 from data_prep.transcode import TranscodeSettings, accept, encode_raw, transcode
 
+_PIECE_BYTES = 2**20
+_SCRATCH = "data-prep-"
 _TRIES = 6  # of one video, where its helpers are killed from outside (an operator, the kernel out of memory)
 
 
@@ -32,7 +35,7 @@ def process(item: Item, folder: Path, settings: TranscodeSettings, limits: Limit
     """Make the sample of `item`, its video a file in `folder`, or say why there is none.
 
     A helper that crashes or meets a limit gets one more try, one that somebody kills a few. Raises OSError
-    where the machine, not the input, is at fault (a full disk).
+    where the machine, not the input, is at fault (a full disk, a mount that stays away).
     """
     target = folder / f"{item.key}.mp4"
     tries, crashes = 0, 0
@@ -79,8 +82,12 @@ def _make(
         encode_raw(target, size, clip.fps, settings, limits, lambda pipe: pipe.write(pictures.data))
         return accept(target, settings, prober, clip.frames), dict(item.extra)
     assert item.path is not None, f"{item.source} is neither a file nor a clip"
-    _check_file(item.path)
-    video, source = transcode(Path(item.path), target, settings, limits, prober)
+    patiently(partial(_check_file, item.path))
+    try:
+        video, source = transcode(Path(item.path), target, settings, limits, prober)
+    except Rejected:  # for ever: so it must be the file, not a read that failed
+        patiently(partial(_check_file, item.path, whole=True))
+        video, source = transcode(Path(item.path), target, settings, limits, prober)
     extra = {"source_start": source.start, **item.extra}
     if "boxes" in extra:
         extra |= boxes.placed(extra["boxes"], extra["video_start"], source.start, video)
@@ -89,22 +96,52 @@ def _make(
     return video, extra
 
 
-def _check_file(path: str) -> None:
-    """Raises Rejected where opening `path` would fail, or wait for ever."""
+def _check_file(path: str, whole: bool = False) -> None:
+    """Raises Rejected where opening `path`, or reading the `whole` of it, would fail or wait for ever; OSError
+    where that is the fault of its disk or mount."""
     try:
         status = os.stat(path)
         if not stat.S_ISREG(status.st_mode):
             raise Rejected(f"not a file: {_kind(status.st_mode)}")
         if not status.st_size:
             raise Rejected("empty: the file holds no bytes")
-        os.close(os.open(path, os.O_RDONLY | os.O_NONBLOCK))
+        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+        try:
+            while whole and os.read(handle, _PIECE_BYTES):
+                pass
+        finally:
+            os.close(handle)
     except OSError as error:
+        if is_machines_fault(error):
+            raise OSError(
+                f"{path}: {error.strerror}; where it is this file alone, put an empty one in its place, which is "
+                "rejected"
+            ) from error
+        if isinstance(error, FileNotFoundError) and _holds_nothing(os.path.dirname(path)):
+            raise OSError(f"{path} is gone, with all that stood beside it: is its disk mounted?") from error
         raise Rejected(f"unreadable: {error.strerror}") from error
+
+
+def _holds_nothing(folder: str) -> bool:
+    try:
+        with os.scandir(folder) as entries:
+            return next(entries, None) is None
+    except OSError:
+        return True
 
 
 def _kind(mode: int) -> str:
     names = {stat.S_IFIFO: "a fifo", stat.S_IFSOCK: "a socket", stat.S_IFDIR: "a folder"}
     return names.get(stat.S_IFMT(mode), "a device")
+
+
+def scratch_prefix() -> str:
+    """Of this process's folders in the machine's temporary folder; removes there what killed processes left."""
+    for folder in Path(tempfile.gettempdir()).glob(f"{_SCRATCH}*-*"):
+        pid = folder.name.removeprefix(_SCRATCH).split("-")[0]
+        if pid.isdigit() and not Path(f"/proc/{pid}").exists():
+            shutil.rmtree(folder, ignore_errors=True)
+    return f"{_SCRATCH}{os.getpid()}-"
 
 
 class LocalPool:
@@ -118,11 +155,13 @@ class LocalPool:
         self._threads = ThreadPoolExecutor(workers, thread_name_prefix="data-prep")
         self._local = threading.local()
         self._probers: list[Prober] = []
-        base = storage.path() if storage.is_local else None
-        if base:  # what a killed run left
-            for stale in Path(base).glob(f".work-{split}-*"):
+        if storage.is_local:  # beside the output, which is this run's alone: others there are of killed runs
+            base, prefix = Path(storage.path()), f".work-{split}-"
+            for stale in base.glob(f"{prefix}*"):
                 shutil.rmtree(stale, ignore_errors=True)
-        self._staging = Path(tempfile.mkdtemp(prefix=f".work-{split}-", dir=base))
+            self._staging = Path(tempfile.mkdtemp(prefix=prefix, dir=base))
+        else:
+            self._staging = Path(tempfile.mkdtemp(prefix=scratch_prefix()))
 
     def __enter__(self) -> LocalPool:
         return self

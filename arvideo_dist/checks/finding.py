@@ -3,25 +3,13 @@
 from __future__ import annotations
 
 import enum
-import errno
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
-WAITS_S = (1.0, 2.0, 4.0, 8.0)
+from arvideo_dist.storage import lasts
 
-# What time does not mend: rights, a path through a file, a full disk, and the object stores' words for the same.
-_LASTING = {
-    errno.EACCES,
-    errno.EPERM,
-    errno.EROFS,
-    errno.ENOTDIR,
-    errno.ENOSPC,
-    errno.EDQUOT,
-    errno.ENOENT,
-    errno.EEXIST,
-}
-_LASTING_WORDS = ("ACCESS_DENIED", "NO_SUCH_BUCKET", "INVALID_ACCESS_KEY_ID", "SIGNATURE_DOES_NOT_MATCH")
+WAITS_S = (1.0, 2.0, 4.0, 8.0)
 
 
 class Level(enum.IntEnum):
@@ -57,8 +45,7 @@ def errors(findings: Iterable[Finding]) -> list[Finding]:
 
 def of_os_error(check: str, error: OSError, remedy: str) -> Finding:
     """An error of a store, marked as passing unless it is one that time does not mend."""
-    lasting = error.errno in _LASTING or any(word in str(error) for word in _LASTING_WORDS)
-    return Finding(check, Level.ERROR, f"{_reason(error)}: {remedy}", passing=not lasting)
+    return Finding(check, Level.ERROR, f"{_reason(error)}: {remedy}", passing=not lasts(error))
 
 
 def retried(

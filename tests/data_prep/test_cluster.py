@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -40,20 +42,19 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
     cluster.shutdown()
 
 
-def after(videos: int, monkeypatch: pytest.MonkeyPatch) -> threading.Event:
-    """An event that is set once the driver has seen `videos` outcomes."""
-    seen, reached, work = 0, threading.Event(), prepare_module._work
+def at_each_outcome(monkeypatch: pytest.MonkeyPatch, act: Callable[[int], object]) -> None:
+    """Have the driver call `act` with the number of outcomes that it has seen, each time it sees one."""
+    work = prepare_module._work
 
-    def watched(*arguments: object) -> Iterator[object]:
-        nonlocal seen
+    def watched(*arguments: Any) -> Iterator[object]:
+        seen = 0
         for result in work(*arguments):
-            seen += isinstance(result, Outcome)
-            if seen >= videos:
-                reached.set()
+            if isinstance(result, Outcome):
+                seen += 1
+                act(seen)
             yield result
 
     monkeypatch.setattr(prepare_module, "_work", watched)
-    return reached
 
 
 def ray_workers(cluster: Cluster) -> list[psutil.Process]:
@@ -62,24 +63,29 @@ def ray_workers(cluster: Cluster) -> list[psutil.Process]:
     for node in cluster.list_all_nodes():
         for info in node.all_processes["raylet"]:
             for child in psutil.Process(info.process.pid).children(recursive=True):
-                if child.name().startswith("ray::_video"):
-                    found.append(child)
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    if child.name().startswith("ray::_video"):
+                        found.append(child)
     return found
 
 
 def test_killed_workers_change_no_byte(
     cluster: Cluster, calm: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    killed = []
+    killed: set[psutil.Process] = set()  # a process that is slow to go counts once
 
-    def kill(reached: threading.Event) -> None:
-        reached.wait()
+    begun = threading.Event()
+    at_each_outcome(monkeypatch, lambda seen: seen >= 5 and begun.set())
+
+    def kill() -> None:
+        begun.wait()
         while len(killed) < 4:
             for worker in ray_workers(cluster):
-                worker.kill()
-                killed.append(worker.pid)
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    worker.kill()
+                    killed.add(worker)
 
-    killer = threading.Thread(target=kill, args=(after(5, monkeypatch),), daemon=True)
+    killer = threading.Thread(target=kill, daemon=True)
     killer.start()
     assert prepare(monkeypatch, *CLIPS, "--out", tmp_path, "--ray-address", cluster.address) == 0
     killer.join(timeout=10)
@@ -92,14 +98,13 @@ def test_a_lost_node_changes_no_byte(
 ) -> None:
     second = cluster.worker_nodes.copy().pop()
 
-    def remove(reached: threading.Event) -> None:
-        reached.wait()
-        cluster.remove_node(second, allow_graceful=False)
+    def remove(seen: int) -> None:
+        if seen == 9:  # of 60: the driver sees no more until the node is gone
+            cluster.remove_node(second, allow_graceful=False)
 
-    remover = threading.Thread(target=remove, args=(after(9, monkeypatch),), daemon=True)
-    remover.start()
+    at_each_outcome(monkeypatch, remove)
     assert prepare(monkeypatch, *CLIPS, "--out", tmp_path, "--ray-address", cluster.address) == 0
-    remover.join(timeout=30)
+    assert not cluster.worker_nodes
     assert digests(tmp_path) == calm
 
 

@@ -158,6 +158,62 @@ def test_ava_boxes_are_placed_on_the_written_pictures(shared_dir: Path, tmp_path
         boxes.placed(item.extra["boxes"], 0.0, 0.0, video)
 
 
+AVA_LABELS = """label {
+  name: "bend/bow (at the waist)"
+  label_id: 1
+  label_type: PERSON_MOVEMENT
+}
+label {
+  name: "answer phone"
+  label_id: 11
+  label_type: OBJECT_MANIPULATION
+}label{
+    name: "stand"label_id: 12label_type: PERSON_MOVEMENT
+}
+"""
+AVA_ITEMS = """item {
+  name: "bend/bow (at the waist)"
+  id: 1
+}
+item {
+  id: 11
+  name: 'answer phone'
+}
+item { name: "stand" id: 12 label_type: PERSON_MOVEMENT }
+"""
+
+
+@pytest.mark.parametrize("text", [AVA_LABELS, AVA_ITEMS])
+def test_avas_own_label_files_number_its_labels(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "ava_action_list_v2.2.pbtxt"
+    path.write_text(text)
+    labels = datasets.read_label_map(str(path))
+    assert len(labels) == 13
+    assert {index: name for index, name in enumerate(labels) if name} == {
+        1: "bend/bow (at the waist)",
+        11: "answer phone",
+        12: "stand",
+    }
+    path.write_text('item {\n  name: "stand"\n}\n')
+    with pytest.raises(UserError, match="no name and number in 'name: \"stand\"'"):
+        datasets.read_label_map(str(path))
+    path.write_text("stand\n")
+    with pytest.raises(UserError, match="it names no labels"):
+        datasets.read_label_map(str(path))
+
+
+def test_ava_actions_that_the_label_map_does_not_name_are_refused(tmp_path: Path) -> None:
+    rows = tmp_path / "ava.csv"
+    rows.write_text(
+        "abc,0902,0.1,0.1,0.9,0.9,12,0\nabc,0902,0.1,0.1,0.9,0.9,79,0\nabc,0903\nx,0902,0,0,1,1,,3\n"
+    )
+    label_map = tmp_path / "labels.pbtxt"
+    label_map.write_text(AVA_LABELS)
+    with pytest.raises(UserError, match=r"labels.pbtxt: it does not name the actions 79 of"):
+        datasets.ava(str(rows), str(tmp_path), str(label_map), 900.0)
+    assert len(datasets.ava(str(rows), str(tmp_path), None, 900.0).items) == 2
+
+
 def test_ava_rows_are_grouped_by_video(shared_dir: Path, tmp_path: Path) -> None:
     inputs = datasets.ava(
         str(shared_dir / "annotations" / "ava_style_gt.mmaction2_tests.csv"), str(tmp_path), None, 0.0

@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import hashlib
+import os
+import subprocess
+import sys
+import tempfile
+import threading
 from pathlib import Path
+from typing import Any
 
 import boto3
 import pytest
 
 from arvideo_dist.data.index import load_manifest, open_index
 from arvideo_dist.storage import Storage
+from data_prep import verify as verify_module
 from tests.data_prep.runs import SMALL, digests, prepare
+from tests.services.relays import CutOff
 from tests.services.s3 import S3
 
 
@@ -71,6 +79,67 @@ def test_an_upload_that_fails_leaves_nothing_whole_and_is_continued(
     assert {
         name: hashlib.sha256(storage.read_bytes(name)).hexdigest() for name in storage.names()
     } == digests(tmp_path / "disk")
+
+
+def test_staged_videos_of_a_killed_run_are_removed_and_those_of_a_running_one_are_not(
+    bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    kept = [f"data-prep-{os.getpid()}-mine", "data-prep-notes"]
+    for name in (*kept, f"data-prep-{ended.pid}-killed"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "video.mp4").touch()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    assert prepare(monkeypatch, "synthetic", "--num-videos", 2, *SMALL, "--out", bucket) == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(kept)
+
+
+AWAY_S = 10.0  # several times what the store's client repeats a request by itself
+
+
+def away(relay: CutOff) -> None:
+    with relay.cut():
+        threading.Event().wait(AWAY_S)
+
+
+def test_a_store_that_is_away_for_a_while_costs_no_run(
+    s3: S3, bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    relay = CutOff(s3.address)
+    relayed = bucket.replace(s3.address, relay.address)
+    arguments = ("synthetic", "--num-videos", 6, "--shard-size", 2, "--workers", 1, *SMALL)
+    assert prepare(monkeypatch, *arguments, "--out", tmp_path / "disk") == 0
+    outage = threading.Thread(target=away, args=(relay,))
+    put_file, check_sample = Storage.put_file, verify_module._check_sample
+
+    def put(self: Storage, local: Path, name: str) -> None:
+        if outage.ident is None:
+            put_file(self, local, name)
+            outage.start()
+        put_file(self, local, name)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Storage, "put_file", put)
+        assert prepare(patch, *arguments, "--out", relayed) == 0
+    outage.join()
+    assert relay.refused
+    storage = Storage(bucket)
+    stored = {name: hashlib.sha256(storage.read_bytes(name)).hexdigest() for name in storage.names()}
+    assert stored == digests(tmp_path / "disk")
+
+    refused, outage = relay.refused, threading.Thread(target=away, args=(relay,))
+
+    def check(*given: Any) -> list[str]:
+        if outage.ident is None:
+            outage.start()
+        return check_sample(*given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(verify_module, "_check_sample", check)
+        assert prepare(patch, "verify", relayed, "--workers", 1) == 0
+    outage.join()
+    assert relay.refused > refused
 
 
 def test_a_bucket_that_is_not_there_is_one_clear_line(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import tarfile
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from arvideo_dist.storage import Storage
-from data_prep.verify import check_video, verify
+from data_prep.verify import _by_shard, check_video, verify
 from tests.data_prep.runs import SMALL, prepare
 from tests.data_prep.videos import make
 
@@ -78,6 +80,43 @@ def edit_settings(out: Path) -> None:
     (out / "dataset-train.json").write_text(json.dumps(manifest))
 
 
+def rename_shard(out: Path) -> None:
+    table = pq.read_table(out / "index-train.parquet")
+    names = [table["shard"][0].as_py(), "train-000009.tar", *table["shard"].to_pylist()[2:]]
+    place = table.schema.get_field_index("shard")
+    pq.write_table(
+        table.set_column(place, table.schema.field(place), pa.array(names)), out / "index-train.parquet"
+    )
+    resign(out)
+
+
+def replace_in_json(old: bytes, new: bytes) -> Callable[[Path], None]:
+    """Damage to a sample's JSON that leaves it JSON."""
+
+    def damage(out: Path) -> None:
+        data = (out / "train-000000.tar").read_bytes()
+        assert len(old) == len(new)
+        assert old in data
+        (out / "train-000000.tar").write_bytes(data.replace(old, new, 1))
+
+    return damage
+
+
+def no_object(out: Path) -> None:
+    """The first sample's JSON becomes a number, padded with blanks to its size."""
+    with tarfile.open(out / "train-000000.tar") as tar:
+        first = next(iter(tar))
+    with open(out / "train-000000.tar", "r+b") as file:
+        file.seek(first.offset_data)
+        file.write(b"7".ljust(first.size))
+
+
+def other_columns(out: Path) -> None:
+    table = pq.read_table(out / "index-train.parquet")
+    pq.write_table(table.drop_columns(["shard"]), out / "index-train.parquet")
+    resign(out)
+
+
 @pytest.mark.parametrize(
     ("damage", "words"),
     [
@@ -92,6 +131,11 @@ def edit_settings(out: Path) -> None:
             lambda out: shutil.copy(out / "train-000000.tar", out / "train-000007.tar"),
             ["does not name this shard"],
         ),
+        (rename_shard, ["1 row(s) are in train-000009.tar, which the manifest does not name"]),
+        (replace_in_json(b'"frames"', b'"grames"'), ["its JSON has no frames"]),
+        (replace_in_json(b'"frames": 8', b'"frames": 9'), ["frames differs between JSON and index"]),
+        (no_object, ["its JSON is not an object"]),
+        (other_columns, ["other columns or rows", "is not in the index"]),
         (lambda out: (out / "rejects-train.parquet").unlink(), ["rejects-train.parquet: missing"]),
     ],
 )
@@ -120,6 +164,28 @@ def test_a_b_picture_that_is_a_reference_is_found(tmp_path: Path) -> None:
     assert check_video(pyramid.read_bytes(), row, droppable=False) == []
     (problem,) = check_video(pyramid.read_bytes(), row | {"frames": 26}, droppable=False)
     assert problem == "25 pictures decode, the index says 26"
+
+
+def test_a_long_video_is_decoded_without_keeping_its_pictures(tmp_path: Path) -> None:
+    long = make(tmp_path / "long.mp4", source="testsrc2=s=320x240:r=25:d=8").read_bytes()
+    tracemalloc.start()
+    try:
+        assert check_video(long, {"frames": 200, "width": 320, "height": 240}, droppable=False) == []
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 20 * 320 * 240 * 3 // 2
+
+
+def test_rows_are_grouped_by_their_shards_whatever_their_order() -> None:
+    names = ["b", "a", "a", "b", "c", "a"]
+    table = pa.concat_tables(pa.table({"shard": part, "place": part}) for part in (names[:3], names[3:]))
+    table = table.set_column(1, "place", pa.chunked_array([range(6)]))
+    places = {
+        name: [place for run in runs for place in run["place"].to_pylist()]
+        for name, runs in _by_shard(table).items()
+    }
+    assert places == {"b": [0, 3], "a": [1, 2, 5], "c": [4]}
 
 
 def test_stats_prints_figures_and_writes_pictures(

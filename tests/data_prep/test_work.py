@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -32,7 +34,7 @@ class Imagined:
     def video(self, item: Item) -> int:
         self.staged += 1
         assert sum(isinstance(result, Outcome) for result in self.running.values()) < self.slots
-        assert self.staged <= _OPEN_SLICES * 5 + self.slots
+        assert self.staged <= max(_OPEN_SLICES * 5, 2 * self.slots + 5)  # slices are of at most 5
         return self._start(Outcome(item.source))
 
     def shard(self, number: int, videos: list[Any]) -> int:
@@ -92,6 +94,49 @@ def test_work_in_flight_is_bounded_and_complete(
     }
     outcomes = [result.source for result in results if isinstance(result, Outcome)]
     assert sorted(outcomes) == sorted(item.source for _, items in slices for item in items)
+
+
+@pytest.mark.parametrize(("size", "missing"), [(1, 0), (2, 0), (8, 0), (8, 7), (64, 63)])
+def test_every_slot_is_at_work_however_few_videos_a_slice_has(size: int, missing: int) -> None:
+    slots = 48
+    executor = Imagined(slots, seed=0, stuck="video-0-0")
+    busiest = []
+    wait = executor.wait
+
+    def watched(handles: set[int]) -> set[int]:
+        busiest.append(sum(isinstance(result, Outcome) for result in executor.running.values()))
+        return wait(handles)
+
+    executor.wait = watched
+    slices = [
+        (
+            number,
+            [
+                Item(f"video-{number}-{place}", reason="missing" if place < missing else None)
+                for place in range(size)
+            ],
+        )
+        for number in range(400)
+    ]
+    list(_work(iter(slices), executor))
+    assert max(busiest) == slots
+
+
+def test_slices_without_a_video_are_not_all_open_at_once() -> None:
+    executor = Imagined(slots=8, seed=0, stuck="")
+    begun: list[int] = []
+
+    def slices() -> Iterator[tuple[int, list[Item]]]:
+        for number in range(100):
+            begun.append(number)
+            assert len(begun) - len(written) <= 8
+            yield number, [Item(f"absent-{number}", reason="missing")]
+
+    written: list[int] = []
+    for result in _work(slices(), executor):
+        if not isinstance(result, Outcome):
+            written.append(result[0])
+    assert sorted(written) == list(range(100))
 
 
 def test_largest_files_are_begun_first_and_the_slice_keeps_its_order(tmp_path: Path) -> None:
