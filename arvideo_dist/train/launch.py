@@ -329,13 +329,12 @@ def _worker(payload: dict[str, Any]) -> Interruption | Stopped | None:
 
 def _train(config: RunConfig, payload: dict[str, Any]) -> Interruption | None:
     import torch.distributed as dist
-    from ray.train import get_preemption_info
     from ray.train.torch import get_device
 
     activity.alone("imports libraries")
     from arvideo_dist.checks.start import check_workers_start
     from arvideo_dist.train.loop import Task, train
-    from arvideo_dist.train.watch import Watch
+    from arvideo_dist.train.watch import Watch, ray_notice
 
     warnings.filterwarnings(
         "ignore", category=FutureWarning, module=r"torch\.distributed"
@@ -351,7 +350,7 @@ def _train(config: RunConfig, payload: dict[str, Any]) -> Interruption | None:
         mlflow_run_id=payload["mlflow_run_id"],
         lease=payload["lease"],
     )
-    watch = Watch(task.lease, control, get_preemption_info)
+    watch = Watch(task.lease, control, ray_notice)
     activity.together("checks its machine")
     check_workers_start(task.config, task.derived, task.lease, control)
     tracker: Any = contextlib.nullcontext()
