@@ -317,10 +317,9 @@ def _worker(payload: dict[str, Any]) -> Interruption | Stopped | None:
     import torch.distributed as dist
 
     config, guard = RunConfig.model_validate(payload["config"]), payload["lease"]
-    rank, world_size = dist.get_rank(), dist.get_world_size()
-    if rank == 0:
-        print(f"{world_size} workers have started", flush=True)
-    with Heartbeat(payload["monitor"], guard.storage(), rank, world_size, config.run.hung_s):
+    if dist.get_rank() == 0:
+        print(f"{dist.get_world_size()} workers have started", flush=True)
+    with Heartbeat(payload["monitor"], guard.storage(), config.run.hung_s):
         try:
             return _train(config, payload)
         except RunStoppedError as error:  # returning is what keeps the driver from a restart
