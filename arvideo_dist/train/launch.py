@@ -167,13 +167,15 @@ def _fit(config: RunConfig, derived: Derived, uri: str, run_id: str, lease: Leas
     restarts = Restarts(config.run.max_restarts, run.uri)
     connect(config)
     try:
+        # Once: where all GPU nodes are away for a while, the next workers wait for them and do not go on on CPUs.
+        use_gpu = use_gpu_of(config, ray.cluster_resources())
         with (
             stop_on_sigterm(lease, config.run.preemption_grace_s),
             HangWatch(config.run.hung_s, lease.guard, lambda *tag: tracker_of(run).tag(*tag)) as hangs,
         ):
             while True:
                 try:
-                    interruption = _fit_once(config, derived, uri, run_id, lease, hangs.monitor)
+                    interruption = _fit_once(config, derived, uri, run_id, lease, hangs.monitor, use_gpu)
                 except (api.TrainingFailedError, ray.exceptions.RayActorError) as error:
                     patiently(lease.guard.check)
                     cause = hangs.take_reason() or cause_of(error)
@@ -205,13 +207,12 @@ def _newest(run: Storage) -> str | None:
 
 
 def _fit_once(
-    config: RunConfig, derived: Derived, uri: str, run_id: str, lease: Lease, monitor: Any
+    config: RunConfig, derived: Derived, uri: str, run_id: str, lease: Lease, monitor: Any, use_gpu: bool
 ) -> Interruption | None:
     import ray.train
     from ray.train.torch import TorchConfig, TorchTrainer
 
     api: Any = ray.train  # Ray Train V2; what a type checker sees there is V1
-    use_gpu = use_gpu_of(config, ray.cluster_resources())
     _say_if_too_small(config, ray.cluster_resources(), use_gpu)
     trainer: Any = TorchTrainer(
         _worker,  # type: ignore[arg-type]
