@@ -109,7 +109,7 @@ def judge(
         )
     elif missing:
         guilty = missing
-        blame = f"{_ranks(missing)} never sent a heartbeat since the workers began"
+        blame = f"{name_ranks(missing)} never sent a heartbeat since the workers began"
     else:
         behind = [beat for beat in live if beat.meetings == min(beat.meetings for beat in live)]
         if len(behind) == len(live) and any(beat.together for beat in live):
@@ -125,7 +125,7 @@ def judge(
     waiting: dict[str, list[int]] = {}
     for beat in others:
         waiting.setdefault(_doing(beat), []).append(beat.rank)
-    rest = "".join(f"; {_ranks(ranks)} {doing}" for doing, ranks in list(waiting.items())[:_NAMED_RANKS])
+    rest = "".join(f"; {name_ranks(ranks)} {doing}" for doing, ranks in list(waiting.items())[:_NAMED_RANKS])
     lines = [
         f"rank {rank:5}  {beat.host}  pid {beat.pid}  step {beat.step}  {beat.phase}, "
         f"{'left' if beat.left else f'{beat.idle_s + ago:.0f} s'}, heard {ago:.0f} s ago"
@@ -144,7 +144,7 @@ def _doing(beat: Beat) -> str:
     return f"in {beat.phase!r} after step {beat.step}"
 
 
-def _ranks(ranks: Sequence[int]) -> str:
+def name_ranks(ranks: Sequence[int]) -> str:
     """Ranks in stretches: ranks 0-5, 7."""
     stretches: list[list[int]] = []
     for rank in sorted(ranks):
