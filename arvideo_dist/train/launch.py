@@ -174,11 +174,12 @@ def _fit(config: RunConfig, derived: Derived, uri: str, run_id: str, lease: Leas
             HangWatch(config.run.hung_s, lease.guard, lambda *tag: tracker_of(run).tag(*tag)) as hangs,
         ):
             while True:
+                hangs.new_workers()
                 try:
                     interruption = _fit_once(config, derived, uri, run_id, lease, hangs.monitor, use_gpu)
                 except (api.TrainingFailedError, ray.exceptions.RayActorError) as error:
                     patiently(lease.guard.check)
-                    cause = hangs.take_reason() or cause_of(error)
+                    cause = hangs.reason() or cause_of(error)
                     line, pause = restarts.lost(cause, _newest(run))
                     print(line, flush=True)
                     wait_to_restart(lease, pause)

@@ -1,15 +1,22 @@
-"""A rank that hangs in a real run: named, with the stacks of all, and the run goes on by itself to the same end."""
+"""A rank that hangs on real Ray: named, with the stacks of all, and the run goes on by itself to the same end."""
 
 from __future__ import annotations
 
 import json
+import queue
 import re
 import signal
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import ray
 from mlflow.tracking import MlflowClient
 
+from arvideo_dist.storage import Storage
+from arvideo_dist.train.lease import acquire
+from arvideo_dist.train.monitor import Beat, Hang, HangWatch
 from tests.train.runs import TINY, PretrainProcess, history, make_data, write_config
 
 HUNG_S = 20  # above an idle machine's imports, which are the longest phase here
@@ -35,6 +42,57 @@ def _arguments(folder: Path, name: str) -> list[str]:
         train={**TINY["train"], "steps": 40},
     )
     return ["--config", str(config)]
+
+
+@pytest.fixture(scope="module")
+def ray_here() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        ray.init(address="local", num_cpus=2, include_dashboard=False)
+        yield
+        ray.shutdown()
+
+
+@pytest.mark.usefixtures("ray_here")
+def test_what_is_found_out_of_older_workers_is_no_reason_for_the_end_of_new_ones(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their node is unreachable; meanwhile they are known to be lost, and new ones start."""
+    noted: queue.Queue[str] = queue.Queue()
+    looking, answered = threading.Event(), threading.Event()
+
+    def end_mute(self: HangWatch, hang: Hang) -> dict[Beat, str | None]:
+        looking.set()
+        answered.wait()
+        return dict.fromkeys(hang.mute, "its node did not answer\n")
+
+    monkeypatch.setattr(HangWatch, "_end_mute", end_mute)
+    beat = Beat(
+        group="older workers",
+        rank=0,
+        world_size=1,
+        node="n",
+        host="h",
+        pid=1,
+        created=0.0,
+        step=7,
+        phase="optimiser step",
+        together=True,
+        meetings=1,
+        idle_s=0.0,
+    )
+    with (
+        acquire(Storage(str(tmp_path)), lease_s=600) as lease,
+        HangWatch(1.0, lease.guard, lambda _, reason: noted.put(reason)) as hangs,
+    ):
+        hangs.new_workers()
+        ray.get(hangs.monitor.beat.remote(beat))
+        looking.wait()
+        assert hangs.reason() is None
+        hangs.new_workers()
+        answered.set()
+        assert "rank 0 (pid 1 on h) has sent no heartbeat" in noted.get()  # said all the same
+        assert hangs.reason() is None
 
 
 @pytest.mark.slow

@@ -27,7 +27,10 @@ class _NoWatch(contextlib.nullcontext):
     def __init__(self, *_: object) -> None:
         super().__init__(self)
 
-    def take_reason(self) -> None:
+    def new_workers(self) -> None:
+        pass
+
+    def reason(self) -> None:
         return None
 
 
