@@ -386,7 +386,7 @@ class ClusterConfig(Section):
         description="with workers [min,max]: seconds between looks whether the cluster has room for more",
     )
     device: Literal["auto", "cpu", "cuda"] = Field(
-        "auto", description="auto: cuda where the cluster has GPUs"
+        "auto", description="auto: cuda where the cluster has GPUs when the command starts"
     )
     cpus_per_worker: PositiveInt = Field(1, description="CPU cores that Ray reserves for each worker")
 

@@ -1,7 +1,8 @@
-"""What all ranks must know alike before a step's backward pass, joined by one small host collective a step."""
+"""What all ranks must know alike: their data before they begin, and some facts before each step's backward pass."""
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -9,6 +10,36 @@ import torch
 import torch.distributed as dist
 
 from arvideo_dist.data.loader import Batch
+from arvideo_dist.train.monitor import name_ranks
+from arvideo_dist.train.stop import RunStoppedError
+
+_NAMED_HOSTS = 8
+
+
+def agree_on_data(digests: Sequence[str], precision: str, control: dist.ProcessGroup) -> None:
+    """Collective. RunStoppedError on all ranks where they would not train on the same.
+
+    `digests`: of the data sets as this rank reads them (`changes.data_digests`): nodes may have copies of their
+    own, one of them older or half written. `precision`: that this rank computes in.
+    """
+    mine = f"{precision}, index sha256 {', '.join(digest[:16] for digest in digests)}", socket.gethostname()
+    everyones = [mine] * dist.get_world_size()
+    dist.all_gather_object(everyones, mine, group=control)
+    sides: dict[str, list[int]] = {}
+    for rank, (what, _) in enumerate(everyones):
+        sides.setdefault(what, []).append(rank)
+    if len(sides) == 1:
+        return
+    lines = []
+    for what, ranks in sides.items():
+        hosts = sorted({everyones[rank][1] for rank in ranks})
+        more = f" and {len(hosts) - _NAMED_HOSTS} more" if len(hosts) > _NAMED_HOSTS else ""
+        lines.append(f"{name_ranks(ranks)} on {', '.join(hosts[:_NAMED_HOSTS])}{more}: {what}")
+    raise RunStoppedError(
+        "\n  ".join(["the ranks do not read the same data or compute in another precision:", *lines])
+        + "\nMake the copies of the data set on these hosts the same, or put it on storage that all share; then "
+        "give the same command"
+    )
 
 
 @dataclass(frozen=True)

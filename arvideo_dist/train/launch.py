@@ -167,16 +167,19 @@ def _fit(config: RunConfig, derived: Derived, uri: str, run_id: str, lease: Leas
     restarts = Restarts(config.run.max_restarts, run.uri)
     connect(config)
     try:
+        # Once: where all GPU nodes are away for a while, the next workers wait for them and do not go on on CPUs.
+        use_gpu = use_gpu_of(config, ray.cluster_resources())
         with (
             stop_on_sigterm(lease, config.run.preemption_grace_s),
             HangWatch(config.run.hung_s, lease.guard, lambda *tag: tracker_of(run).tag(*tag)) as hangs,
         ):
             while True:
+                hangs.new_workers()
                 try:
-                    interruption = _fit_once(config, derived, uri, run_id, lease, hangs.monitor)
+                    interruption = _fit_once(config, derived, uri, run_id, lease, hangs.monitor, use_gpu)
                 except (api.TrainingFailedError, ray.exceptions.RayActorError) as error:
                     patiently(lease.guard.check)
-                    cause = hangs.take_reason() or cause_of(error)
+                    cause = hangs.reason() or cause_of(error)
                     line, pause = restarts.lost(cause, _newest(run))
                     print(line, flush=True)
                     wait_to_restart(lease, pause)
@@ -205,13 +208,12 @@ def _newest(run: Storage) -> str | None:
 
 
 def _fit_once(
-    config: RunConfig, derived: Derived, uri: str, run_id: str, lease: Lease, monitor: Any
+    config: RunConfig, derived: Derived, uri: str, run_id: str, lease: Lease, monitor: Any, use_gpu: bool
 ) -> Interruption | None:
     import ray.train
     from ray.train.torch import TorchConfig, TorchTrainer
 
     api: Any = ray.train  # Ray Train V2; what a type checker sees there is V1
-    use_gpu = use_gpu_of(config, ray.cluster_resources())
     _say_if_too_small(config, ray.cluster_resources(), use_gpu)
     trainer: Any = TorchTrainer(
         _worker,  # type: ignore[arg-type]
@@ -317,10 +319,9 @@ def _worker(payload: dict[str, Any]) -> Interruption | Stopped | None:
     import torch.distributed as dist
 
     config, guard = RunConfig.model_validate(payload["config"]), payload["lease"]
-    rank, world_size = dist.get_rank(), dist.get_world_size()
-    if rank == 0:
-        print(f"{world_size} workers have started", flush=True)
-    with Heartbeat(payload["monitor"], guard.storage(), rank, world_size, config.run.hung_s):
+    if dist.get_rank() == 0:
+        print(f"{dist.get_world_size()} workers have started", flush=True)
+    with Heartbeat(payload["monitor"], guard.storage(), config.run.hung_s):
         try:
             return _train(config, payload)
         except RunStoppedError as error:  # returning is what keeps the driver from a restart
@@ -329,13 +330,12 @@ def _worker(payload: dict[str, Any]) -> Interruption | Stopped | None:
 
 def _train(config: RunConfig, payload: dict[str, Any]) -> Interruption | None:
     import torch.distributed as dist
-    from ray.train import get_preemption_info
     from ray.train.torch import get_device
 
     activity.alone("imports libraries")
     from arvideo_dist.checks.start import check_workers_start
     from arvideo_dist.train.loop import Task, train
-    from arvideo_dist.train.watch import Watch
+    from arvideo_dist.train.watch import Watch, ray_notice
 
     warnings.filterwarnings(
         "ignore", category=FutureWarning, module=r"torch\.distributed"
@@ -351,7 +351,7 @@ def _train(config: RunConfig, payload: dict[str, Any]) -> Interruption | None:
         mlflow_run_id=payload["mlflow_run_id"],
         lease=payload["lease"],
     )
-    watch = Watch(task.lease, control, get_preemption_info)
+    watch = Watch(task.lease, control, ray_notice)
     activity.together("checks its machine")
     check_workers_start(task.config, task.derived, task.lease, control)
     tracker: Any = contextlib.nullcontext()

@@ -29,7 +29,7 @@ from arvideo_dist.storage import patiently
 from arvideo_dist.train import changes
 from arvideo_dist.train import checkpoint as checkpoints
 from arvideo_dist.train.activity import activity
-from arvideo_dist.train.agreement import agree
+from arvideo_dist.train.agreement import agree, agree_on_data
 from arvideo_dist.train.audit import Audit
 from arvideo_dist.train.bad_samples import ARTIFACT, BadSamples
 from arvideo_dist.train.bad_steps import BadSteps
@@ -85,6 +85,8 @@ def train(
     model = build_model(config.model, config.decoder)
     sequence = model.sequences.draw_sequence
     digests, precision = changes.data_digests(config.data), resolve_precision(config.train, device)
+    activity.together("compares its data with the other ranks")
+    agree_on_data(digests, precision, control)
     activity.together("verifies and reads the checkpoint")
     start = checkpoints.open_newest_whole(run, control)
     origin = "random weights"
@@ -93,7 +95,7 @@ def train(
             for line in changes.refuse_changes(start.state, config, digests, precision, str(start)):
                 _say(rank, f"changed by run.allow_change: {line}")
             start.load_weights(model)
-        except ValueError as error:  # a restart would meet the same
+        except ValueError as error:  # on all ranks, and a restart would meet the same
             raise RunStoppedError(str(error)) from error
     elif config.model.init_from is not None:
         origin = load_initial_encoder(model.encoder, config.model.init_from)

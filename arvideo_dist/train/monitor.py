@@ -109,7 +109,7 @@ def judge(
         )
     elif missing:
         guilty = missing
-        blame = f"{_ranks(missing)} never sent a heartbeat since the workers began"
+        blame = f"{name_ranks(missing)} never sent a heartbeat since the workers began"
     else:
         behind = [beat for beat in live if beat.meetings == min(beat.meetings for beat in live)]
         if len(behind) == len(live) and any(beat.together for beat in live):
@@ -125,7 +125,7 @@ def judge(
     waiting: dict[str, list[int]] = {}
     for beat in others:
         waiting.setdefault(_doing(beat), []).append(beat.rank)
-    rest = "".join(f"; {_ranks(ranks)} {doing}" for doing, ranks in list(waiting.items())[:_NAMED_RANKS])
+    rest = "".join(f"; {name_ranks(ranks)} {doing}" for doing, ranks in list(waiting.items())[:_NAMED_RANKS])
     lines = [
         f"rank {rank:5}  {beat.host}  pid {beat.pid}  step {beat.step}  {beat.phase}, "
         f"{'left' if beat.left else f'{beat.idle_s + ago:.0f} s'}, heard {ago:.0f} s ago"
@@ -144,7 +144,7 @@ def _doing(beat: Beat) -> str:
     return f"in {beat.phase!r} after step {beat.step}"
 
 
-def _ranks(ranks: Sequence[int]) -> str:
+def name_ranks(ranks: Sequence[int]) -> str:
     """Ranks in stretches: ranks 0-5, 7."""
     stretches: list[list[int]] = []
     for rank in sorted(ranks):
@@ -234,7 +234,8 @@ class HangWatch:
         import ray
 
         self._guard, self._note = guard, note
-        self._reason: str | None = None
+        self._set = 0  # number of the set of workers that the driver has started last
+        self._reason: tuple[int, str] | None = None  # why a set was ended
         self._ended = threading.Event()
         actor: Any = ray.remote(num_cpus=0, max_restarts=-1, scheduling_strategy=_on(_this_node()))(Monitor)
         self.monitor = actor.remote(hung_s, guard.generation)
@@ -254,10 +255,14 @@ class HangWatch:
             ray.kill(self.monitor)  # which ends the thread's waiting
         self._thread.join(5)
 
-    def take_reason(self) -> str | None:
-        """Why the workers were ended since the last call, if that was a hang."""
-        reason, self._reason = self._reason, None
-        return reason
+    def new_workers(self) -> None:
+        """The driver starts another set: what is found out of an older one is no reason for the end of this one."""
+        self._set += 1  # while `_end_mute` may still wait for a node of the older one that is unreachable
+
+    def reason(self) -> str | None:
+        """Why the workers were ended, if that was a hang."""
+        of_set, reason = self._reason or (None, None)
+        return reason if of_set == self._set else None
 
     def _keep(self) -> None:
         import ray
@@ -268,11 +273,13 @@ class HangWatch:
             except ray.exceptions.RayError:  # it starts again
                 self._ended.wait(1)
                 continue
+            of_set = self._set
             ends = {} if hang.live else self._end_mute(hang)
             if ends and all(found is None for found in ends.values()):
                 continue  # they had been killed, and new workers wait for room: no hang, however long that takes
-            self._reason = f"{hang.reason}; stacks are in {self._guard.run_uri}/{hang.folder}"
-            print(f"the run hangs: {self._reason}", flush=True)
+            reason = f"{hang.reason}; stacks are in {self._guard.run_uri}/{hang.folder}"
+            self._reason = of_set, reason
+            print(f"the run hangs: {reason}", flush=True)
             self._write(hang.folder, "reason.txt", f"{hang.reason}\n\n{hang.table}\n")
             for beat, found in (ends or self._end_mute(hang)).items():
                 text = found or "its process or its node has ended\n"
@@ -280,7 +287,7 @@ class HangWatch:
                 name = f"rank-{beat.rank:05d}.txt"
                 self._write(hang.folder, name, f"{hang.reason}\n\nrank {beat.rank}\n\n{text}")
             try:
-                self._note(TAG, self._reason)
+                self._note(TAG, reason)
             except Exception as error:
                 print(f"the hang was not noted in MLflow: {error}", flush=True)
 

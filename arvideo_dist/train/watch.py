@@ -1,7 +1,7 @@
 """Whether a run shall be interrupted: the driver's word, a lost lease, Ray's preemption notice.
 
-Rank 0 reads the lease in a thread. What it heard, and the times at which all ranks ask Ray Train for a notice,
-ride on a reduction that each step makes anyway, so the answer is the same on all ranks and costs a step nothing.
+Rank 0 alone hears of them: it reads the lease in a thread, and Ray Train sends it the notices. That it has heard
+something rides on a reduction that each step makes anyway; only then do the ranks meet, and hear the same.
 """
 
 from __future__ import annotations
@@ -9,36 +9,43 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
 
 from arvideo_dist.train.lease import Guard, LeaseLostError
 from arvideo_dist.train.stop import Interruption, RunStoppedError
 
+if TYPE_CHECKING:
+    from ray.train.v2.api.preemption import PreemptionInfo
+
 LEASE_POLL_S = 2.0
-NOTICE_POLL_S = 5.0  # Ray Train itself asks its cluster this often
 
 
-class Notice(Protocol):
-    """What Ray Train says of nodes that are about to go (`ray.train.PreemptionInfo`)."""
+def ray_notice() -> PreemptionInfo | None:
+    """What Ray Train has told this worker of nodes that are about to go; to look costs nothing.
 
-    deadline_ms: int | None
-    preempted_node_to_ranks: dict[str, list[int]]
+    `ray.train.get_preemption_info` gives rank 0's to all, but there all wait for each other in an actor that serves
+    1000 calls at a time: of more ranks none would ever return.
+    """
+    from ray.train.v2._internal.execution.context import get_train_context
+
+    return get_train_context().preemption_context.preemption_info
 
 
 class Watch:
     """One rank's part; every method but `due` is collective."""
 
-    def __init__(self, guard: Guard, control: dist.ProcessGroup, notice: Callable[[], Notice | None]) -> None:
-        """Collective. `notice`: asked on all ranks together (`ray.train.get_preemption_info`).
+    def __init__(
+        self, guard: Guard, control: dist.ProcessGroup, notice: Callable[[], PreemptionInfo | None]
+    ) -> None:
+        """Collective. `notice`: asked on rank 0 alone, at every step (`ray_notice`).
 
         Raises RunStoppedError on all ranks where another driver has taken the run.
         """
-        self._guard, self._control, self._ask_ray = guard, control, notice
+        self._guard, self._control, self._notice = guard, control, notice
         self._lost: str | None = None
         self._stop: str | None = None
-        self._next_notice = 0.0
         self._leads = dist.get_rank() == 0
         if self._leads:
             self._read_lease()
@@ -50,16 +57,14 @@ class Watch:
         """Whether this rank wants all ranks to `look` at this step."""
         if not self._leads:
             return False
-        return self._lost is not None or self._stop is not None or time.monotonic() >= self._next_notice
+        return self._lost is not None or self._stop is not None or self._notice() is not None
 
     def look(self, step: int) -> Interruption | None:
         """The interruption to obey before the next step, if there is one; `step`: optimiser steps done.
 
         Raises RunStoppedError on all ranks where another driver has taken the run.
         """
-        self._next_notice = time.monotonic() + NOTICE_POLL_S
-        notice = self._ask_ray()
-        stop = self._hear()
+        stop, notice = self._hear()
         if stop is not None:
             return Interruption(stop, step)
         if notice is not None:
@@ -69,13 +74,14 @@ class Watch:
             return Interruption(reason, step, nodes, notice.deadline_ms)
         return None
 
-    def _hear(self) -> str | None:
-        heard: list[Any] = [(self._lost, self._stop)]
+    def _hear(self) -> tuple[str | None, PreemptionInfo | None]:
+        """What rank 0 knows of a wish to stop and of nodes that leave."""
+        heard: list[Any] = [(self._lost, self._stop, self._notice()) if self._leads else None]
         dist.broadcast_object_list(heard, src=0, group=self._control)
-        lost, stop = heard[0]
+        lost, stop, notice = heard[0]
         if lost is not None:
             raise RunStoppedError(lost)
-        return stop
+        return stop, notice
 
     def _keep_reading(self) -> None:
         while self._lost is None:

@@ -11,7 +11,7 @@ import pytest
 
 from arvideo_dist.storage import Storage
 from arvideo_dist.train.checkpoint import FOLDER, Checkpoint, complete_checkpoints
-from tests.faults.runs import FAULT_AT, LAYOUTS, Layout, write_run
+from tests.faults.runs import FAULT_AT, LAYOUTS, STEPS, Layout, write_run
 from tests.services.disk import small_disk
 from tests.services.mlflow_server import MlflowServer
 from tests.services.relays import CutOff
@@ -121,7 +121,11 @@ def test_tracking_server_that_is_away_for_a_minute(
     command = run.start()
     command.read_until(FAULT_AT)
     tracking.kill()
-    time.sleep(MINUTE)
+    back_at = time.monotonic() + MINUTE
+    command.read_until("MLflow is away")
+    for _ in range(2):  # steps end, and one of them began, while the server is away
+        command.read_until(rf"step \d+/{STEPS}  loss")
+    time.sleep(max(0.0, back_at - time.monotonic()))
     tracking.start()
     assert command.finish() == 0, command.output
     survived(run, "MLflow away for a minute")

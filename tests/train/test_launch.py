@@ -1,12 +1,15 @@
-"""How often the driver starts workers again."""
+"""How often the driver starts workers again, and on what."""
 
 from __future__ import annotations
 
 import contextlib
 from pathlib import Path
+from typing import Any
 
 import pytest
+import ray
 import ray.train
+import ray.train.torch
 
 from arvideo_dist.config import RunConfig
 from arvideo_dist.derived import derive
@@ -24,10 +27,24 @@ class _NoWatch(contextlib.nullcontext):
     def __init__(self, *_: object) -> None:
         super().__init__(self)
 
-    def take_reason(self) -> None:
+    def new_workers(self) -> None:
+        pass
+
+    def reason(self) -> None:
         return None
 
 
+@pytest.fixture
+def resources(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
+    """What a made-up cluster has at the moment."""
+    resources: dict[str, float] = {}
+    monkeypatch.setattr(launch, "connect", lambda config: None)
+    monkeypatch.setattr(launch, "HangWatch", _NoWatch)
+    monkeypatch.setattr(ray, "cluster_resources", lambda: resources)
+    return resources
+
+
+@pytest.mark.usefixtures("resources")
 def test_lost_workers_are_forgiven_as_long_as_the_run_advances_between_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -41,8 +58,6 @@ def test_lost_workers_are_forgiven_as_long_as_the_run_advances_between_them(
         run.write_bytes(f"{FOLDER}/step-{next(steps):08d}/{MANIFEST}", b"{}")
         raise ray.train.WorkerGroupError("lost", worker_failures={1: RuntimeError("lost")})
 
-    monkeypatch.setattr(launch, "connect", lambda config: None)
-    monkeypatch.setattr(launch, "HangWatch", _NoWatch)
     monkeypatch.setattr(launch, "_fit_once", lose_workers)
     with (
         acquire(run, lease_s=600) as lease,
@@ -52,3 +67,27 @@ def test_lost_workers_are_forgiven_as_long_as_the_run_advances_between_them(
     assert next(steps) == 500
     said = capsys.readouterr().out
     assert said.count("workers were lost: rank 1: RuntimeError: lost\nrestart 1 of 1") == 4
+
+
+def test_workers_that_lost_all_gpu_nodes_wait_for_gpus_and_do_not_go_on_on_cpus(
+    tmp_path: Path, resources: dict[str, float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = RunConfig.model_validate(
+        {"run": {"name": "run", "storage_path": str(tmp_path), "max_restarts": 1}, "cluster": {"workers": 2}}
+    )
+    assert config.cluster.device == "auto"
+    resources.update(CPU=16, GPU=2)
+    asked: list[tuple[bool, str]] = []
+
+    class LosesItsNode:
+        def __init__(self, *_: Any, scaling_config: Any, torch_config: Any, **__: Any) -> None:
+            asked.append((scaling_config.use_gpu, torch_config.backend))
+
+        def fit(self) -> None:
+            resources.pop("GPU", None)
+            raise ray.train.WorkerGroupError("lost", worker_failures={1: RuntimeError("lost")})
+
+    monkeypatch.setattr(ray.train.torch, "TorchTrainer", LosesItsNode)
+    with acquire(launch.run_folder(config), lease_s=600) as lease, pytest.raises(CrashLoopError):
+        launch._fit(config, derive(config, samples=None), "uri", "id", lease)
+    assert asked == [(True, "nccl")] * 2

@@ -1,0 +1,42 @@
+"""How the ranks of a run learn that it shall be interrupted."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch.distributed as dist
+from ray.train.v2.api.preemption import PreemptionInfo
+
+from arvideo_dist.storage import Storage
+from arvideo_dist.train.lease import Guard, acquire
+from arvideo_dist.train.stop import Interruption
+from arvideo_dist.train.watch import Watch
+from tests.train.distributed import run_ranks
+
+NOTICE = PreemptionInfo(deadline_ms=1_700_000_000_000, preempted_node_to_ranks={"b": [1], "a": [0, 2]})
+
+
+def test_rank_zero_alone_is_sent_the_notice_and_all_ranks_meet_only_once_it_has_one(tmp_path: Path) -> None:
+    with acquire(Storage(str(tmp_path)), lease_s=600) as lease:
+        wanted, heard = zip(*run_ranks(2, _hear_of_leaving_nodes, lease.guard), strict=True)
+    # Nobody asks for a meeting, at the first step neither, until the notice is there.
+    assert wanted == ([False, False, True], [False, False, False])
+    interruption = Interruption(
+        "preemption notice for the nodes of ranks 0, 1, 2", 7, ("a", "b"), NOTICE.deadline_ms
+    )
+    assert heard == (interruption, interruption)
+
+
+def _hear_of_leaving_nodes(guard: Guard) -> tuple[list[bool], Interruption | None]:
+    notices: list[PreemptionInfo] = []
+
+    def notice() -> PreemptionInfo | None:
+        assert dist.get_rank() == 0, "another rank would be one more call to Ray's one actor"
+        return notices[0] if notices else None
+
+    control = dist.new_group(backend="gloo")
+    watch = Watch(guard, control, notice)
+    wanted = [watch.due(), watch.due()]
+    notices.append(NOTICE)
+    wanted.append(watch.due())
+    return wanted, watch.look(step=7)
