@@ -14,6 +14,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import re
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -38,6 +39,7 @@ MANIFEST = "manifest.json"
 STATE = "state.json"
 FORMAT_VERSION = 1
 KINDS = ("weight", *zero_state.MOMENTS)
+_NAME = re.compile(r"step-\d{8}")
 
 
 class CheckpointError(RuntimeError):
@@ -74,8 +76,12 @@ def step_of(name: str) -> int:
 
 def complete_checkpoints(run: Storage) -> list[str]:
     """Names of the complete checkpoints of a run, oldest first."""
-    names = [name for name in run.names(FOLDER) if name.startswith("step-")]
-    return [name for name in names if run.exists(f"{FOLDER}/{name}/{MANIFEST}")]
+    return [name for name in _names(run) if run.exists(f"{FOLDER}/{name}/{MANIFEST}")]
+
+
+def _names(run: Storage) -> list[str]:
+    """Names of checkpoints, complete or not; a copy that a person made beside them is none of the run's."""
+    return [name for name in run.names(FOLDER) if _NAME.fullmatch(name)]
 
 
 def discard(run: Storage, name: str) -> None:
@@ -90,13 +96,13 @@ def retain(run: Storage, newest: str, keep_last: int, keep_every: int | None) ->
 
     Kept are the newest `keep_last` complete ones and, for good, those of steps that `keep_every` divides. What
     stands for a later step is damaged, else the run had continued from it; it goes, as do the leftovers of
-    killed saves.
+    killed saves. Other names are left alone.
     """
     complete = [name for name in complete_checkpoints(run) if name <= newest]
     kept = complete[-keep_last:]
     if keep_every is not None:
         kept += [name for name in complete if step_of(name) % keep_every == 0]
-    for name in run.names(FOLDER):
+    for name in _names(run):
         if name not in kept:
             discard(run, name)
 
