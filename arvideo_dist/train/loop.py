@@ -92,7 +92,7 @@ def train(
         try:
             for line in changes.refuse_changes(start.state, config, digests, precision, str(start)):
                 _say(rank, f"changed by run.allow_change: {line}")
-            start.load_weights(model)
+            start.load_weights(model, control)
         except ValueError as error:  # a restart would meet the same
             raise RunStoppedError(str(error)) from error
     elif config.model.init_from is not None:
