@@ -14,23 +14,21 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+import re
+from collections.abc import Iterable
 from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from pydantic import BaseModel, ConfigDict, ValidationError
-from safetensors import safe_open
 
 from arvideo_dist.data.index import FileEntry
 from arvideo_dist.storage import Storage, patiently
 from arvideo_dist.train import zero_state
 from arvideo_dist.train.activity import activity
 from arvideo_dist.train.engine import Engine
+from arvideo_dist.train.parts import Slice, read_slices
 from arvideo_dist.train.stop import RunStoppedError
 
 FOLDER = "checkpoints"
@@ -38,6 +36,7 @@ MANIFEST = "manifest.json"
 STATE = "state.json"
 FORMAT_VERSION = 1
 KINDS = ("weight", *zero_state.MOMENTS)
+_NAME = re.compile(r"step-\d{8}")
 
 
 class CheckpointError(RuntimeError):
@@ -74,8 +73,12 @@ def step_of(name: str) -> int:
 
 def complete_checkpoints(run: Storage) -> list[str]:
     """Names of the complete checkpoints of a run, oldest first."""
-    names = [name for name in run.names(FOLDER) if name.startswith("step-")]
-    return [name for name in names if run.exists(f"{FOLDER}/{name}/{MANIFEST}")]
+    return [name for name in _names(run) if run.exists(f"{FOLDER}/{name}/{MANIFEST}")]
+
+
+def _names(run: Storage) -> list[str]:
+    """Names of checkpoints, complete or not; a copy that a person made beside them is none of the run's."""
+    return [name for name in run.names(FOLDER) if _NAME.fullmatch(name)]
 
 
 def discard(run: Storage, name: str) -> None:
@@ -90,13 +93,13 @@ def retain(run: Storage, newest: str, keep_last: int, keep_every: int | None) ->
 
     Kept are the newest `keep_last` complete ones and, for good, those of steps that `keep_every` divides. What
     stands for a later step is damaged, else the run had continued from it; it goes, as do the leftovers of
-    killed saves.
+    killed saves. Other names are left alone.
     """
     complete = [name for name in complete_checkpoints(run) if name <= newest]
     kept = complete[-keep_last:]
     if keep_every is not None:
         kept += [name for name in complete if step_of(name) % keep_every == 0]
-    for name in run.names(FOLDER):
+    for name in _names(run):
         if name not in kept:
             discard(run, name)
 
@@ -132,8 +135,12 @@ class Checkpoint:
                     f"{self}: {part.name} is damaged (size or sha256 differs from the manifest)"
                 )
 
-    def load_weights(self, module: torch.nn.Module) -> None:
-        """Copy the fp32 weights into `module`, which must have exactly the checkpoint's parameters."""
+    def load_weights(self, module: torch.nn.Module, control: dist.ProcessGroup | None = None) -> None:
+        """Copy the fp32 weights into `module`, which must have exactly the checkpoint's parameters.
+
+        With `control`, a gloo group, collective: its rank 0 reads and gives them to the others, so that the store
+        is asked once whatever the number of ranks.
+        """
         parameters = dict(module.named_parameters())
         shapes = {name: shape_of(parameter) for name, parameter in parameters.items()}
         if shapes != self.manifest.shapes:
@@ -147,53 +154,47 @@ class Checkpoint:
                 f"{', '.join(differing[:5])}{' ...' if len(differing) > 5 else ''}. "
                 "Use the run's own model settings, or another run.name"
             )
-        with torch.no_grad(), self._opened() as files:
-            for entry in self.manifest.fragments:
-                values = files[entry.part].get_tensor(f"weight/{entry.name}")
-                parameters[entry.name].view(-1)[entry.start : entry.stop].copy_(values)
+        if control is None or dist.get_rank(control) == 0:
+            self._read(("weight", name, 0, p.detach().view(-1)) for name, p in parameters.items())
+        for parameter in parameters.values() if control is not None else ():
+            dist.broadcast(parameter.detach(), group_src=0, group=control)
 
     def load_optimizer(self, engine: Engine) -> None:
-        """Set this rank's AdamW moments and step count."""
-        fragments = zero_state.create_moments(engine, self.state["optimizer_steps"])
-        for fragment, values in self._read(fragments, zero_state.MOMENTS):
-            zero_state.set_moments(engine, fragment, values)
+        """Set this rank's AdamW moments and step count, from those parts that hold some of them."""
+        zero_state.create_moments(engine, self.state["optimizer_steps"])
+        self._read_held(engine, zero_state.MOMENTS)
 
     def restore(self, engine: Engine) -> None:
         """Weights, moments and step count of an engine that has trained on become this checkpoint's. Collective."""
-        read = self._read(zero_state.held_fragments(engine), ("weight",))
-        zero_state.set_weights(engine, ((fragment, values["weight"]) for fragment, values in read))
+        with zero_state.weights_change(engine):
+            self._read_held(engine, ("weight",))
         self.load_optimizer(engine)
 
-    def _read(
-        self, fragments: list[zero_state.Fragment], kinds: tuple[str, ...]
-    ) -> Iterator[tuple[zero_state.Fragment, dict[str, torch.Tensor]]]:
-        """Each of `fragments` with its flat values (fp32, on the host) of `kinds`."""
+    def _read_held(self, engine: Engine, kinds: tuple[str, ...]) -> None:
+        self._read(
+            (kind, fragment.name, fragment.start, zero_state.state_of(engine, fragment)[kind])
+            for fragment in zero_state.held_fragments(engine)
+            for kind in kinds
+        )
+
+    def _read(self, targets: Iterable[tuple[str, str, int, torch.Tensor]]) -> None:
+        """Fill flat `targets` (kind, parameter, its first element there, tensor) with what is stored.
+
+        The digests have been compared before, by `verify`, perhaps on other ranks: of the store it is trusted that
+        it gives the same bytes again. No save writes to a name that has been written to.
+        """
         by_name: dict[str, list[FragmentEntry]] = {}
         for entry in self.manifest.fragments:
             by_name.setdefault(entry.name, []).append(entry)
-        with self._opened() as files:
-            for fragment in fragments:
-                values = {kind: torch.empty(fragment.stop - fragment.start) for kind in kinds}
-                for entry in by_name[fragment.name]:
-                    first, last = max(entry.start, fragment.start), min(entry.stop, fragment.stop)
-                    for kind, flat in values.items():
-                        if first < last:
-                            stored = files[entry.part].get_slice(f"{kind}/{entry.name}")
-                            flat[first - fragment.start : last - fragment.start] = stored[
-                                first - entry.start : last - entry.start
-                            ]
-                yield fragment, values
-
-    @contextmanager
-    def _opened(self) -> Iterator[dict[str, Any]]:
-        with tempfile.TemporaryDirectory() as scratch:
-            files = {}
-            for part in self.manifest.parts:
-                activity.tick()
-                member = f"{self._folder}/{part.name}"
-                local = patiently(functools.partial(self._run.local_copy, member, Path(scratch)))
-                files[part.name] = safe_open(local, framework="pt")
-            yield files
+        slices = []
+        for kind, name, start, target in targets:
+            for entry in by_name[name]:
+                first, last = max(entry.start, start), min(entry.stop, start + target.numel())
+                if first < last:
+                    part, tensor = f"{self._folder}/{entry.part}", f"{kind}/{name}"
+                    wanted = target[first - start : last - start]
+                    slices.append(Slice(part, tensor, first - entry.start, wanted))
+        read_slices(self._run, slices)
 
 
 def open_newest_whole(run: Storage, control: dist.ProcessGroup) -> Checkpoint | None:

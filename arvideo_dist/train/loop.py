@@ -31,7 +31,7 @@ from arvideo_dist.train import checkpoint as checkpoints
 from arvideo_dist.train.activity import activity
 from arvideo_dist.train.agreement import agree, agree_on_data
 from arvideo_dist.train.audit import Audit
-from arvideo_dist.train.bad_samples import ARTIFACT, BadSamples
+from arvideo_dist.train.bad_samples import BadSamples
 from arvideo_dist.train.bad_steps import BadSteps
 from arvideo_dist.train.checkpoint import CheckpointError
 from arvideo_dist.train.data import loader_options, training_sources, validation_options, validation_source
@@ -94,7 +94,7 @@ def train(
         try:
             for line in changes.refuse_changes(start.state, config, digests, precision, str(start)):
                 _say(rank, f"changed by run.allow_change: {line}")
-            start.load_weights(model)
+            start.load_weights(model, control)
         except ValueError as error:  # on all ranks, and a restart would meet the same
             raise RunStoppedError(str(error)) from error
     elif config.model.init_from is not None:
@@ -130,7 +130,7 @@ def train(
         stop_position=position + (total_steps - step) * global_batch,
         options=loader_options(config.data, pin_memory=pin_memory),
     )
-    bad = BadSamples(notes, config.data.max_bad_fraction, train_loader.places_per_epoch, control)
+    bad = BadSamples(notes, config.data.max_bad_fraction, train_loader.places_per_epoch, control, tracker)
     bad.restore(start.state["bad_samples"] if start is not None else [])
     bad_steps = BadSteps(run, notes, config.train, train_loader.samples.names, control, tracker)
     spikes = Spikes()
@@ -185,6 +185,7 @@ def train(
 
     def save() -> None:
         activity.together("begins a save")
+        bad.collect()
         # No random states: every draw is keyed by (seed, place), so seed and position are all there is to them.
         # The model draws nothing while it trains (tests/train/test_saver.py).
         state: dict[str, Any] = {
@@ -207,10 +208,8 @@ def train(
     batches = iter(train_loader)
     meter = Meter(device, control)
     stragglers = Stragglers()
-    metrics: dict[str, float] = (
-        start.state.get("metrics", {}) if start is not None else {}
-    )  # of the last point
-    saved_at, bad_logged = step, 0
+    metrics: dict[str, float] = start.state.get("metrics", {}) if start is not None else {}
+    saved_at = step
     save_owed = False
     interruption: Interruption | None = None
     while step < total_steps and interruption is None:
@@ -262,6 +261,7 @@ def train(
         if step % config.train.log_every_steps == 0 or step == total_steps:
             activity.together("joins the metrics of all ranks")
             point = meter.point(loss_sum, facts.total_weight, global_batch)
+            bad.collect()
             metrics = {
                 "loss/train": point.loss,
                 "learning_rate": rate,
@@ -271,7 +271,7 @@ def train(
                 "clips_per_second_per_worker": point.clips_per_second / derived.world_size,
                 "data_wait_share": point.data_wait_share,
                 "memory_gib": point.memory_gib,
-                "bad_samples": len(bad),
+                "bad_samples": bad.places,
                 "bad_steps": len(bad_steps),
                 "failed_saves": saver.failures_in_all,
                 "step_time/max": point.slowest_s,
@@ -285,9 +285,6 @@ def train(
             activity.alone("writes metrics")
             if tracker is not None:
                 tracker.log(step, metrics)
-                if len(bad) > bad_logged:
-                    tracker.log_bytes(ARTIFACT, bad.parquet())
-                    bad_logged = len(bad)
             _say(rank, progress_line(step, total_steps, rate, point, global_batch))
             if found:
                 _say(rank, spike_line(step, found))

@@ -8,6 +8,7 @@ weights, so there only the waiting for batches tells.)
 
 from __future__ import annotations
 
+import contextlib
 import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -92,8 +93,11 @@ class Meter:
     def _memory(self) -> float:
         if self._device.type == "cuda":
             return torch.cuda.max_memory_allocated(self._device) / _GIB
-        process = psutil.Process()
-        return sum(p.memory_info().rss for p in [process, *process.children(recursive=True)]) / _GIB
+        process, resident = psutil.Process(), 0
+        for each in [process, *process.children(recursive=True)]:
+            with contextlib.suppress(psutil.NoSuchProcess):  # a decode worker that has ended meanwhile
+                resident += each.memory_info().rss
+        return resident / _GIB
 
 
 class Stragglers:

@@ -14,7 +14,8 @@ stage 3      each parameter is cut evenly over the ranks (the last part padded);
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -77,44 +78,38 @@ def optimizer_steps(engine: Engine) -> int:
     return steps.pop() if steps else 0
 
 
-def create_moments(engine: Engine, steps: int) -> list[Fragment]:
-    """Give every partition moments and `steps` applied updates; returns the fragments, all to be filled.
+def create_moments(engine: Engine, steps: int) -> None:
+    """Give every partition moments, to be filled, and `steps` applied updates.
 
     Moments that exist are kept for that, so that nothing is held twice. Each partition gets a `step` of its own:
     one tensor shared by stage 3's sub-groups would be advanced once for each of them.
     """
     optimizer = _adamw(engine)
-    fragments = held_fragments(engine)
     fused = bool(optimizer.defaults.get("fused"))
-    for partition in {id(f.partition): f.partition for f in fragments}.values():
+    for partition in {id(f.partition): f.partition for f in held_fragments(engine)}.values():
         state = optimizer.state[partition]
         state["step"] = torch.tensor(float(steps), device=partition.device if fused else "cpu")
         for moment in MOMENTS:
             if moment not in state:
                 state[moment] = torch.zeros_like(partition)
-    return fragments
 
 
-def set_moments(engine: Engine, fragment: Fragment, values: dict[str, torch.Tensor]) -> None:
-    """Copy flat `exp_avg` and `exp_avg_sq` values into the fragment's place."""
-    state = _adamw(engine).state[fragment.partition]
-    for moment in MOMENTS:
-        fragment.of(state[moment]).copy_(values[moment])
+@contextmanager
+def weights_change(engine: Engine) -> Iterator[None]:
+    """Within it the caller writes to the `weight` of all fragments that ranks hold; then the model has them too.
 
-
-def set_weights(engine: Engine, weights: Iterable[tuple[Fragment, torch.Tensor]]) -> None:
-    """Copy flat values into all fragments that this rank holds, and from them into the model. Collective."""
+    Collective.
+    """
     zero = engine.zero_optimizer
     if engine.stage == 3:
         zero._partition_all_parameters()  # else what is gathered now would stay as it is
+    yield
     with torch.no_grad():
-        for fragment, values in weights:
-            fragment.of(fragment.partition).copy_(values)
-    if engine.stage == 3:
-        for sub_group in range(len(zero.fp16_groups)):
-            zero._reassign_or_swap_out_partitioned_parameters(sub_group)
-    elif engine.stage:
-        zero.update_lp_params()
+        if engine.stage == 3:
+            for sub_group in range(len(zero.fp16_groups)):
+                zero._reassign_or_swap_out_partitioned_parameters(sub_group)
+        elif engine.stage:
+            zero.update_lp_params()
 
 
 def _adamw(engine: Engine) -> torch.optim.Optimizer:

@@ -1,4 +1,4 @@
-"""Relays in front of a real server: slow, hanging, cut off, losing answers, or refusing writes."""
+"""Relays in front of a real server: slow, hanging, cut off, losing answers, refusing writes, or counting bytes."""
 
 from __future__ import annotations
 
@@ -132,6 +132,23 @@ class RefusesWrites(Relay):
                 client.sendall(head.encode() + body)
                 return
             server.sendall(request)
+
+
+class Counts(Relay):
+    """Counts the bytes that come from the server."""
+
+    def __init__(self, upstream: str) -> None:
+        self.received = 0
+        self._counting = threading.Lock()
+        super().__init__(upstream)
+
+    def _serve(self, client: socket.socket, server: socket.socket) -> None:
+        threading.Thread(target=_copy, args=(client, server), daemon=True).start()
+        while answer := server.recv(2**16):
+            with self._counting:
+                self.received += len(answer)
+            client.sendall(answer)
+        client.shutdown(socket.SHUT_RDWR)
 
 
 def _copy(source: socket.socket, sink: socket.socket) -> None:

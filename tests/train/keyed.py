@@ -55,7 +55,7 @@ def resumed_engine(run: Storage, stage: int, precision: str = "fp32") -> tuple[E
     with torch.no_grad():
         for parameter in model.parameters():  # nothing of the start weights may survive
             parameter.fill_(float("nan"))
-    checkpoint.load_weights(model)
+    checkpoint.load_weights(model, dist.group.WORLD)
     engine = new_engine(model, stage, precision)
     checkpoint.load_optimizer(engine)
     return engine, checkpoint.state["position"] // GLOBAL_BATCH

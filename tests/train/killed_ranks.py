@@ -96,7 +96,7 @@ def train_until_killed(
     found = open_newest_whole(Storage(uri), control)
     step = 0
     if found is not None:
-        found.load_weights(model)
+        found.load_weights(model, control)
         step = found.state["position"] // GLOBAL_BATCH
     engine = new_engine(model, stage)
     if isinstance(found, Checkpoint):

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from arvideo_dist.config import DecoderConfig, ModelConfig, OptimConfig, TrainConfig
 from arvideo_dist.model.arvideo import ARVideo
 from arvideo_dist.storage import Storage
+from arvideo_dist.train import parts, zero_state
 from arvideo_dist.train.checkpoint import (
     FOLDER,
     MANIFEST,
@@ -26,6 +27,7 @@ from arvideo_dist.train.checkpoint import (
 )
 from arvideo_dist.train.engine import Engine
 from arvideo_dist.train.stop import RunStoppedError
+from tests.services.relays import Counts
 from tests.services.s3 import S3
 from tests.train.distributed import make_saver, run_ranks
 
@@ -43,15 +45,14 @@ def saved(tmp_path_factory: pytest.TempPathFactory, s3: S3) -> tuple[Path, Stora
     return local, Storage(str(local)), Storage(remote)
 
 
+def _new_engine(model: ARVideo, stage: int) -> Engine:
+    train = TrainConfig(zero_stage=stage, micro_batch=1, global_batch=dist.get_world_size())
+    return Engine(model, train, OptimConfig(), torch.device("cpu"), accumulation_steps=1)
+
+
 def _save(*uris: str) -> None:
     torch.manual_seed(3)
-    engine = Engine(
-        ARVideo(MODEL, DECODER),
-        TrainConfig(zero_stage=2, micro_batch=1, global_batch=2),
-        OptimConfig(),
-        torch.device("cpu"),
-        accumulation_steps=1,
-    )
+    engine = _new_engine(ARVideo(MODEL, DECODER), stage=2)
     for uri in uris:
         saver = make_saver(Storage(uri), engine, keep_last=2)
         for step in (1, 2, 3, 4):
@@ -89,6 +90,54 @@ def test_the_newest_are_kept_and_hold_the_weights_on_disk_and_on_s3(
         weights = _weights(run)
         assert weights.keys() == expected.keys()
         assert all(torch.equal(weights[name], expected[name]) for name in expected)
+
+
+def _count_reads(s3: S3, stage: int) -> dict[str, int]:
+    """What a rank at `stage` gets from the store for weights and for moments, and what it has of them."""
+    relay = Counts(s3.address)
+    checkpoint = Checkpoint(Storage(s3.uri("checkpoints/one", through=relay.address)), "step-00000004")
+    opened, model = relay.received, ARVideo(MODEL, DECODER)
+    checkpoint.load_weights(model, dist.group.WORLD)
+    weights = relay.received - opened
+    engine = _new_engine(model, stage)
+    checkpoint.load_optimizer(engine)
+    relay.close()
+    return {
+        "weights": weights,
+        "moments": relay.received - opened - weights,
+        "own": sum(2 * 4 * (f.stop - f.start) for f in zero_state.held_fragments(engine)),
+    }
+
+
+def _count_all_reads(s3: S3) -> list[dict[str, int]]:
+    return [_count_reads(s3, stage) for stage in (1, 3)]
+
+
+def test_the_store_gives_the_weights_once_and_each_rank_its_own_moments(
+    saved: tuple[Path, Storage, Storage], s3: S3
+) -> None:
+    """Three ranks at ZeRO-1 and ZeRO-3 read what two ranks wrote at ZeRO-2, which is 12 bytes an element."""
+    weights = 4 * sum(p.numel() for p in ARVideo(MODEL, DECODER).parameters())
+    more = 1.1  # headers, HTTP, holes that are not worth a request of their own
+    for rank, by_stage in enumerate(run_ranks(3, _count_all_reads, s3)):
+        for read in by_stage:
+            assert weights <= read["weights"] < more * weights if rank == 0 else read["weights"] == 0
+            assert read["own"] <= read["moments"] < more * read["own"]
+            assert 0.9 * 2 * weights / 3 < read["own"] < 1.1 * 2 * weights / 3
+
+
+@pytest.mark.parametrize(("request_bytes", "hole_bytes"), [(4000, 0), (10_000, 5000)])
+def test_values_are_the_same_however_they_are_cut_into_requests(
+    saved: tuple[Path, Storage, Storage],
+    monkeypatch: pytest.MonkeyPatch,
+    request_bytes: int,
+    hole_bytes: int,
+) -> None:
+    whole = _weights(saved[1])
+    monkeypatch.setattr(parts, "_REQUEST_BYTES", request_bytes)
+    monkeypatch.setattr(parts, "_HOLE_BYTES", hole_bytes)
+    cut = _weights(saved[1])
+    assert all(torch.equal(whole[name], cut[name]) for name in whole)
 
 
 def test_nothing_is_unpickled_on_load(

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import time
 from dataclasses import replace
+from typing import Any
+from unittest import mock
 
+import psutil
 import pytest
 import torch
 import torch.distributed as dist
@@ -68,3 +73,31 @@ def test_a_slow_rank_is_said_once_it_is_slow_point_after_point() -> None:
     assert [stragglers.line(POINT) is not None for _ in range(5)] == [False] * 4 + [True]
     turns = [stragglers.line(replace(POINT, slowest_rank=rank)) for rank in (0, 1) * 6]
     assert not any(turns)
+
+
+def _point_while_a_child_ends() -> float:
+    """Rank 1 has a child process that ends between being listed and being asked for its memory."""
+    control = dist.group.WORLD
+    assert control is not None
+    meter = Meter(torch.device("cpu"), control)
+    meter.waited(0.1)
+    listed = psutil.Process.children
+
+    def children(self: psutil.Process, recursive: bool = False) -> list[psutil.Process]:
+        child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
+        child.start()
+        found = listed(self, recursive=recursive)
+        assert child.pid in [process.pid for process in found]
+        child.kill()
+        child.join()
+        return found
+
+    ends: Any = mock.patch.object(psutil.Process, "children", children)
+    if dist.get_rank() == 1:
+        ends.start()
+    return meter.point(torch.tensor(1.0), 2.0, 2).memory_gib
+
+
+def test_a_process_that_ends_while_memory_is_counted_leaves_no_rank_alone() -> None:
+    memory = run_ranks(2, _point_while_a_child_ends)
+    assert memory[0] == memory[1] > 0

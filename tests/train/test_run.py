@@ -150,4 +150,4 @@ def test_run_with_too_many_bad_samples_stops_without_a_restart_and_names_them(fo
     assert "1 bad samples are more than data.max_bad_fraction 0.01 allows" in process.output
     assert process.output.count("starts from random weights") == 1
     listed = pq.read_table(folder / "runs/bad/bad_samples.parquet").to_pylist()
-    assert [(bad["shard"], bad["key"]) for bad in listed] == [(row["shard"], row["key"])]
+    assert [(bad["shard"], bad["key"], bad["places"]) for bad in listed] == [(row["shard"], row["key"], 1)]

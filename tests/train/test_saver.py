@@ -242,3 +242,15 @@ def test_what_a_run_that_fell_back_finds_ahead_of_it_goes_and_what_it_wrote_stay
     run = make_checkpoints([10, 20, 30], killed=[40])
     retain(run, "step-00000020", keep_last=1, keep_every=None)
     assert run.names(FOLDER) == ["step-00000020"]
+
+
+def test_what_the_run_did_not_make_is_neither_deleted_nor_taken_for_a_checkpoint(
+    make_checkpoints: Callable[..., Storage],
+) -> None:
+    run = make_checkpoints([10, 20], killed=[15])
+    foreign = [".snapshot", "step-00000010-copy", "step-10", "step-000000010", "tmp"]
+    for name in foreign:
+        run.write_bytes(f"{FOLDER}/{name}/{MANIFEST}", b"{}")
+    retain(run, "step-00000020", keep_last=1, keep_every=20)
+    assert run.names(FOLDER) == sorted([*foreign, "step-00000020"])
+    assert complete_checkpoints(run) == ["step-00000020"]
