@@ -321,7 +321,8 @@ class _Snapshot:
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self._fragments = zero_state.owned_fragments(engine)
-        sizes = {f"{kind}/{f.name}": f.stop - f.start for f in self._fragments for kind in KINDS}
+        # Kind by kind, so that who wants weights alone reads one stretch.
+        sizes = {f"{kind}/{f.name}": f.stop - f.start for kind in KINDS for f in self._fragments}
         self._header = _safetensors_header(sizes)
         cuda = engine.device.type == "cuda"
         # Zeros are written so that the pages exist: their first touch costs more than the copy.
@@ -334,8 +335,8 @@ class _Snapshot:
 
     def begin(self) -> None:
         """Step loop: note what to copy; on a GPU the copy is queued beside the steps' kernels."""
-        states = (zero_state.state_of(self._engine, fragment) for fragment in self._fragments)
-        self._sources = [state[kind].detach() for state in states for kind in KINDS]
+        states = [zero_state.state_of(self._engine, fragment) for fragment in self._fragments]
+        self._sources = [state[kind].detach() for kind in KINDS for state in states]
         self._copied_on_host.clear()
         if self._stream is not None:
             assert self._copied_on_device is not None
