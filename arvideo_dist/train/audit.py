@@ -40,7 +40,7 @@ class Audit:
         self._rank = dist.get_rank()
         opened = [""]
         if self._rank == 0:
-            opened = [patiently(lambda: self._open(guard.generation, start_step))]
+            opened = [self._open(guard.generation, start_step)]
         dist.broadcast_object_list(opened, src=0, group=control)
         self._folder = opened[0]
         self._lines: list[str] = []
@@ -49,10 +49,11 @@ class Audit:
 
     def _open(self, generation: int, start_step: int) -> str:
         prefix = f"{generation:08d}-"
-        attempt = sum(name.startswith(prefix) for name in self._run.names(FOLDER)) + 1
-        folder = f"{FOLDER}/{prefix}{attempt:04d}"
-        start = {"start_step": start_step, "world_size": dist.get_world_size()}
-        self._run.write_bytes(f"{folder}/{_START}", json.dumps(start).encode())
+        names = patiently(lambda: self._run.names(FOLDER))
+        folder = f"{FOLDER}/{prefix}{sum(name.startswith(prefix) for name in names) + 1:04d}"
+        start = json.dumps({"start_step": start_step, "world_size": dist.get_world_size()}).encode()
+        # Of one folder, however often it fails: on a full disk each try would leave an empty one.
+        patiently(lambda: self._run.write_bytes(f"{folder}/{_START}", start))
         return folder
 
     def applied(self, step: int, batches: Sequence[Batch]) -> None:
@@ -105,6 +106,8 @@ def applied_places(run: Storage) -> dict[int, list[int]]:
     limit: int | None = None
     for attempt in reversed(run.names(FOLDER)):
         folder = f"{FOLDER}/{attempt}"
+        if not run.exists(f"{folder}/{_START}"):  # killed before it began: it has no lines
+            continue
         for name in run.names(folder):
             if Path(name).suffix != ".jsonl":
                 continue

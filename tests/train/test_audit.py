@@ -55,3 +55,11 @@ def test_a_place_that_was_applied_twice_shows(tmp_path: Path) -> None:
         first, second = (tmp_path / "run/audit" / attempt / f"rank-0000{rank}.jsonl" for rank in (0, 1))
         second.write_text(first.read_text())  # both ranks read the same stretch
     assert applied_places(run)[1] == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4]
+
+
+def test_an_attempt_that_was_killed_before_it_began_changes_nothing(tmp_path: Path) -> None:
+    run = Storage(str(tmp_path))
+    run.write_bytes("audit/00000001-0001/start.json", b'{"start_step": 0, "world_size": 1}')
+    run.write_bytes("audit/00000001-0001/rank-00000.jsonl", b'{"step": 1, "places": [[0, 3]]}\n')
+    (tmp_path / "audit/00000001-0002").mkdir()
+    assert applied_places(run) == {1: [0, 1, 2]}
