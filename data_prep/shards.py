@@ -195,8 +195,13 @@ def clear_progress(storage: Storage, split: str) -> None:
 
 
 def read_table(storage: Storage, name: str) -> pa.Table:
-    """A Parquet member of the storage."""
-    return pq.read_table(pa.BufferReader(storage.read_bytes(name)))
+    """A Parquet member of the storage.
+
+    By one thread: the readers that `pq.read_table` starts may still hold the bytes, a Python object, while the
+    interpreter ends, which aborts the process (github.com/apache/arrow/issues/34314).
+    """
+    with pq.ParquetFile(pa.BufferReader(storage.read_bytes(name))) as file:
+        return file.read(use_threads=False)
 
 
 def _write_table(storage: Storage, name: str, table: pa.Table) -> FileEntry:

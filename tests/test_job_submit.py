@@ -144,9 +144,7 @@ def test_job_stop_leaves_a_checkpoint_of_the_step_that_was_running(
     for line in logs.stdout:
         lines.append(line)
         if "step 2/4000" in line:
-            subprocess.run(
-                [BIN / "ray", "job", "stop", "to-be-stopped"], env=client, check=True, capture_output=True
-            )
+            subprocess.run([BIN / "ray", "job", "stop", "to-be-stopped"], env=client, check=True)
     assert logs.wait() == 0, "".join(lines)
     run = Storage(str(folder / "runs/stopped"))
     checkpoint = complete_checkpoints(run)[-1]

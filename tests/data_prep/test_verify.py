@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 import tarfile
 import tracemalloc
 from collections.abc import Callable
@@ -36,6 +38,22 @@ def test_a_sound_set_has_no_problem(
     (written,) = json.loads(report.read_text())
     assert (written["samples"], written["decoded"], written["problems"]) == (6, 6, [])
     assert verify(Storage(str(sound)), "train", 2, 1).decoded == 2
+
+
+_COUNT_THREADS = """
+import os, sys
+from arvideo_dist.storage import Storage
+from data_prep.shards import read_table
+storage = Storage(sys.argv[1])
+threads = set(os.listdir("/proc/self/task"))
+assert read_table(storage, "index-train.parquet").num_rows == 6
+print(len(set(os.listdir("/proc/self/task")) - threads))
+"""
+
+
+def test_reading_a_table_leaves_no_thread_that_could_abort_the_ending_interpreter(sound: Path) -> None:
+    command = [sys.executable, "-c", _COUNT_THREADS, str(sound)]
+    assert subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout == "0\n"
 
 
 def flip_in_video(out: Path) -> None:

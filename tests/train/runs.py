@@ -43,7 +43,6 @@ def make_data(folder: Path) -> Path:
                 *("--width", "64", "--height", "64", "--frames", "24"),
             ],
             check=True,
-            capture_output=True,
         )
     return folder
 

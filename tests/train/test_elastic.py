@@ -48,7 +48,6 @@ def drain(cluster: Cluster, node: Any) -> None:
             *("--deadline-remaining-seconds", "600"),
         ],
         check=True,
-        capture_output=True,
     )
 
 
