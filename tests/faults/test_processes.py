@@ -59,7 +59,8 @@ def test_stopped_rank(folder: Path, survived: Callable[..., None], case: tuple[L
     survived(run, f"SIGSTOP of rank {rank}")
 
 
-@pytest.mark.parametrize("layout", _marked(LAYOUTS, LAYOUTS[0]))
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_killed_driver(folder: Path, survived: Callable[..., None], layout: Layout) -> None:
     run = write_run(folder, str(folder / "data"), f"killed-driver-{layout}", layout)
     command = run.start()
