@@ -19,7 +19,7 @@ from arvideo_dist.config import ModelConfig
 from arvideo_dist.model.layouts import load_encoder, to_encoder, to_transformers
 from arvideo_dist.model.pretraining import IMAGENET_MEAN, IMAGENET_STD
 from arvideo_dist.model.vit import ENCODER_SIZES, NORM_EPS, Encoder
-from arvideo_dist.storage import Storage
+from arvideo_dist.storage import Storage, shown
 
 Format = Literal["hf", "safetensors", "torch"]
 WEIGHTS_ENDINGS = (".safetensors", ".pth", ".pt", ".bin")
@@ -59,8 +59,9 @@ def load_initial_encoder(encoder: Encoder, source: str) -> str:
     try:
         has_norm = load_encoder(encoder, read_encoder(source))
     except ValueError as error:
-        raise ValueError(f"model.init_from {source}: {error}") from error
-    return f"{source} (encoder{'' if has_norm else ' without a final norm, which these weights do not have'})"
+        raise ValueError(f"model.init_from {shown(source)}: {shown(str(error))}") from error
+    lack = "" if has_norm else " without a final norm, which these weights do not have"
+    return f"{shown(source)} (encoder{lack})"
 
 
 def read_encoder(source: str) -> dict[str, torch.Tensor]:

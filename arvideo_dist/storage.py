@@ -45,6 +45,12 @@ _LASTING = {
 _LASTING_WORDS = ("ACCESS_DENIED", "NO_SUCH_BUCKET", "INVALID_ACCESS_KEY_ID", "SIGNATURE_DOES_NOT_MATCH")
 
 
+_USER = re.compile(r"://[^/?@:\s]*(?::[^?\s]*)?@")
+_SECRET_OPTION = re.compile(
+    r"([?&](?:sig|[\w-]*(?:secret|token|password|key)[\w-]*)=)[^&\s'\"]*", re.IGNORECASE
+)
+
+
 class Storage:
     """A folder, local or remote, whose members are named by relative paths with forward slashes."""
 
@@ -58,7 +64,7 @@ class Storage:
             try:
                 self.fs, self.root = pafs.FileSystem.from_uri(_with_limits(uri))
             except (OSError, ValueError) as error:
-                raise ValueError(f"cannot open storage {shown(uri)!r}: {error}") from error
+                raise ValueError(f"cannot open storage {shown(uri)!r}: {shown(str(error))}") from None
             if isinstance(self.fs, pafs.S3FileSystem):
                 # One made from a URI asks a silent server for 100 s, a copy (also what arrives in another
                 # process) for 10 s: three attempts of 3 s.
@@ -253,8 +259,12 @@ def patiently(
 
 
 def shown(uri: str) -> str:
-    """`uri` for people and logs: without the credentials that URIs of stores and servers may hold."""
-    return re.sub(r"://[^/?@\s]*@", "://***@", uri)
+    """`uri`, or a text with URIs, for people and logs: without the credentials that they may hold.
+
+    What follows a user's name and colon is secret up to the last `@`, as keys may hold slashes; so are options such
+    as a signature or a client's secret.
+    """
+    return _SECRET_OPTION.sub(r"\1***", _USER.sub("://***@", uri))
 
 
 def without_credentials(value: Any) -> Any:

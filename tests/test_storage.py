@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from arvideo_dist.storage import Storage, without_credentials
+from arvideo_dist.storage import Storage, shown, without_credentials
 from tests.services.relays import RefusesWrites
 from tests.services.s3 import S3
 
@@ -102,6 +102,29 @@ def test_credentials_in_an_address_open_the_store_and_are_not_shown(s3: S3) -> N
     config = {"run": {"storage_path": storage.address, "keep_last": 2}, "list": ["http://me:secret@host/x"]}
     cleaned = {"run": {"storage_path": storage.uri, "keep_last": 2}, "list": ["http://***@host/x"]}
     assert without_credentials(config) == cleaned
+
+
+@pytest.mark.parametrize(
+    ("text", "clean"),
+    [
+        ("s3://AKIA:ab/cd+e@bucket/x", "s3://***@bucket/x"),
+        ("postgresql://u:p@ss/w@host/db", "postgresql://***@host/db"),
+        ("request to http://me:pw@host:5000/api failed", "request to http://***@host:5000/api failed"),
+        ("abfs://box@host/x?sv=2024&sig=a%2Fb&se=1", "abfs://***@host/x?sv=2024&sig=***&se=1"),
+        ("gs://b/x?client_secret=abc", "gs://b/x?client_secret=***"),
+        ("s3://bucket/a@b?region=eu", "s3://bucket/a@b?region=eu"),
+        ("http://host:5000/api", "http://host:5000/api"),
+    ],
+)
+def test_no_secret_of_an_address_is_shown(text: str, clean: str) -> None:
+    assert shown(text) == clean
+
+
+def test_an_address_that_cannot_be_read_is_named_without_its_secret() -> None:
+    with pytest.raises(ValueError, match="cannot open storage") as refused:
+        Storage("s3://AKIA:se/cret@bucket/x")
+    assert "cret" not in str(refused.value)
+    assert refused.value.__cause__ is None
 
 
 def test_a_slash_at_the_end_of_an_address_changes_nothing(s3: S3) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 from arvideo_dist.config import DataConfig, RunConfig
 from arvideo_dist.data.index import load_manifest
+from arvideo_dist.storage import without_credentials
 from arvideo_dist.train.data import training_sources
 
 # A change of one of these gives other weights after the same number of steps. Every field of the configuration
@@ -76,8 +77,9 @@ def refuse_changes(
     `digests`: `data_digests` now. `precision`: the resolved one, None where it is not known yet. Returns one line
     for each difference that `run.allow_change` names; ValueError lists all others with old and new value.
     """
-    before = _altering(state["config"], state["data_digests"], state["precision"])
-    after = _altering(config.model_dump(mode="json"), digests, precision or state["precision"])
+    before = _altering(without_credentials(state["config"]), state["data_digests"], state["precision"])
+    now = without_credentials(config.model_dump(mode="json"))
+    after = _altering(now, digests, precision or state["precision"])
     allowed: list[str] = []
     refused: list[str] = []
     for name in sorted(ALTERING):
