@@ -25,9 +25,10 @@ class ShardCache:
     def __init__(self, folder: Path, limit_bytes: int) -> None:
         self.folder, self.limit_bytes = folder, limit_bytes
 
-    def open(self, storage: Storage, shard: ShardEntry) -> BinaryIO:
-        """The shard's local copy, opened; fetched where it is not there. Raises OSError where the store fails,
-        ValueError where the shard is larger than the cache."""
+    def open(self, storage: Storage, shard: ShardEntry) -> BinaryIO | None:
+        """The shard's local copy, opened; fetched where it is not there. None where the shards that others fetch
+        now leave no room for it. Raises OSError where the store fails, ValueError where the shard is larger than
+        the cache."""
         path = self.folder / f"{shard.sha256}.tar"
         while True:
             with suppress(FileNotFoundError):
@@ -38,13 +39,15 @@ class ShardCache:
             self.folder.mkdir(parents=True, exist_ok=True)
             with self._lock(shard.sha256) as mine:
                 assert mine
-                if not path.exists():
-                    self._fetch(storage, shard, path)
+                if not path.exists() and not self._fetch(storage, shard, path):
+                    return None
 
-    def _fetch(self, storage: Storage, shard: ShardEntry, path: Path) -> None:
+    def _fetch(self, storage: Storage, shard: ShardEntry, path: Path) -> bool:
+        """Whether there was room for it."""
         partial = path.with_suffix(".partial")
         size = storage.size(shard.name)
-        self._make_room(size, partial)
+        if not self._make_room(size, partial):
+            return False
         try:
             with (
                 storage.fs.open_input_stream(storage.path(shard.name), compression=None) as source,
@@ -55,11 +58,12 @@ class ShardCache:
             if fetched != size:
                 raise OSError(f"{storage.uri}/{shard.name} ended after {fetched} of {size} bytes")
             partial.replace(path)
+            return True
         finally:
             partial.unlink(missing_ok=True)
 
-    def _make_room(self, size: int, partial: Path) -> None:
-        """Remove old shards until `size` more bytes fit, and reserve them by the file `partial`."""
+    def _make_room(self, size: int, partial: Path) -> bool:
+        """Whether `size` more bytes fit once old shards are removed; they are reserved by the file `partial`."""
         if size > self.limit_bytes:
             raise ValueError(
                 f"a shard of {size} bytes does not fit into the shard cache of {self.limit_bytes} bytes: "
@@ -79,8 +83,11 @@ class ShardCache:
                     break
                 file.unlink(missing_ok=True)
                 total -= stat.st_size
+            if total + size > self.limit_bytes:
+                return False
             with partial.open("wb") as file_handle:
                 os.posix_fallocate(file_handle.fileno(), 0, max(size, 1))
+            return True
 
     def _files(self, pattern: str) -> list[tuple[Path, os.stat_result]]:
         """Files of the folder; other processes finish and remove some while they are looked at."""

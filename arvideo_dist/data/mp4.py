@@ -48,7 +48,7 @@ def _read_table(video: memoryview) -> SampleTable | None:
     # 16 bytes into the box, a visual sample entry has 78 bytes of fixed fields, then boxes.
     header = dict(_boxes(description[16 + 78 : 8 + int.from_bytes(description[8:12], "big")]))[b"avcC"]
 
-    sizes = _sizes(table[b"stsz"])
+    sizes = _sizes(table[b"stsz"], len(video))
     offsets = _offsets(table, sizes)
     decoded = _run_lengths(table[b"stts"], len(sizes)).cumsum()
     decoded = np.concatenate([[0], decoded[:-1]])
@@ -83,9 +83,14 @@ def _boxes(data: memoryview) -> Iterator[tuple[bytes, memoryview]]:
         at += size
 
 
-def _sizes(box: memoryview) -> NDArray[np.int64]:
+# Counts are compared before arrays of that length are made: a flipped bit in one must not ask for all memory.
+
+
+def _sizes(box: memoryview, file_bytes: int) -> NDArray[np.int64]:
     same, count = struct.unpack_from(">II", box, 4)
     if same:
+        if same * count > file_bytes:
+            raise ValueError("more samples than bytes")
         return np.full(count, same, dtype=np.int64)
     return np.frombuffer(box, ">u4", count, offset=12).astype(np.int64)
 
@@ -98,9 +103,9 @@ def _offsets(table: dict[bytes, memoryview], sizes: NDArray[np.int64]) -> NDArra
         chunks = np.frombuffer(table[b"co64"], ">u8", offset=8).astype(np.int64)
     runs = np.frombuffer(table[b"stsc"], ">u4", offset=8).reshape(-1, 3).astype(np.int64)
     lengths = np.diff(np.append(runs[:, 0] - 1, len(chunks)))
-    chunk_of_sample = np.repeat(np.arange(len(chunks)), np.repeat(runs[:, 1], lengths))
-    if len(chunk_of_sample) != len(sizes):
+    if (runs[:, 1] * lengths).sum() != len(sizes):
         raise ValueError("chunks and samples disagree")
+    chunk_of_sample = np.repeat(np.arange(len(chunks)), np.repeat(runs[:, 1], lengths))
     before = np.cumsum(sizes) - sizes
     first = np.searchsorted(chunk_of_sample, np.arange(len(chunks)))
     return chunks[chunk_of_sample] + before - before[first][chunk_of_sample]
@@ -111,10 +116,9 @@ def _run_lengths(box: memoryview, samples: int) -> NDArray[np.int64]:
     signed = ">i4" if box[0] == 1 else ">u4"
     counts = np.frombuffer(box, ">u4", offset=8)[0::2]
     values = np.frombuffer(box, signed, offset=8)[1::2].astype(np.int64)
-    result = np.repeat(values, counts)
-    if len(result) != samples:
+    if counts.sum(dtype=np.int64) != samples:
         raise ValueError("times and samples disagree")
-    return result
+    return np.repeat(values, counts)
 
 
 def _shows_everything(box: memoryview, first_shown: int) -> bool:

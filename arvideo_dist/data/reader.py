@@ -69,9 +69,10 @@ class MemberReader:
         raise AssertionError("unreachable")
 
     def _read_range(self, row: SampleRow) -> bytes:
-        if self.cache is None:
+        cached = self.cache and self.cache.open(self.storage, self.shards[row.shard])
+        if not cached:
             return self.storage.read_range(row.shard, row.offset, row.size)
-        with self.cache.open(self.storage, self.shards[row.shard]) as file:
+        with cached as file:
             return os.pread(file.fileno(), row.size, row.offset)
 
 

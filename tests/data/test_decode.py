@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import subprocess
+import tracemalloc
 from pathlib import Path
 
 import av
@@ -12,6 +13,7 @@ import pytest
 
 from arvideo_dist.data import decode
 from arvideo_dist.data.decode import BadSample, decode_planes, decode_rgb
+from arvideo_dist.data.mp4 import read_table
 from tests.data.conftest import encode
 
 # data_prep's encoding: every 16th picture a reference, the 15 between droppable
@@ -121,6 +123,27 @@ def test_faults_of_a_file_are_bad_samples_with_a_reason(droppable: bytes, functi
     assert reason(droppable[: len(droppable) // 2], 0, 140)
     zeroed = droppable[:3000] + bytes(len(droppable) - 3000)
     assert reason(zeroed, 10, 100).startswith("decode: ")
+
+
+@pytest.mark.parametrize(
+    ("box", "at", "content"),  # bytes after the box's name: 4 of flags, then numbers of 4 bytes
+    [
+        (b"stts", 8, b"\x80\0\0\x96"),  # pictures of one duration
+        (b"ctts", 8, b"\xff\xff\xff\xff"),
+        (b"stsc", 12, b"\xff\xff\xff\xff"),  # samples a chunk
+        (b"stsz", 4, b"\0\0\0\x01\xff\xff\xff\xff"),  # size of all, and their number
+    ],
+)
+def test_a_damaged_count_asks_for_no_memory(droppable: bytes, box: bytes, at: int, content: bytes) -> None:
+    begin = droppable.index(box) + 4 + at
+    damaged = droppable[:begin] + content + droppable[begin + len(content) :]
+    assert read_table(droppable) is not None
+    tracemalloc.start()
+    try:
+        assert read_table(damaged) is None
+        assert tracemalloc.get_traced_memory()[1] < 2**20
+    finally:
+        tracemalloc.stop()
 
 
 @pytest.mark.slow

@@ -537,9 +537,27 @@ def test_a_cache_fetch_that_was_killed_leaves_room_for_the_next(s3_dataset: Stor
     (tmp_path / "deadbeef.partial").write_bytes(bytes(10_000_000))
     shard = load_manifest(s3_dataset, "train").shards[0]
     cache = ShardCache(tmp_path, shard.size)
-    with cache.open(s3_dataset, shard) as file:
+    file = cache.open(s3_dataset, shard)
+    assert file
+    with file:
         assert len(file.read()) == shard.size
     assert [path.name for path in tmp_path.iterdir() if path.suffix != ".lock"] == [f"{shard.sha256}.tar"]
+
+
+def test_reads_pass_a_cache_that_fetches_of_others_fill_by_the_store(
+    s3_dataset: Storage, tmp_path: Path
+) -> None:
+    """The bound holds also while shards are on their way: what has no room beside them is not kept."""
+    shards = {shard.name: shard for shard in load_manifest(s3_dataset, "train").shards}
+    row = open_index(s3_dataset, "train")[0]
+    cache = ShardCache(tmp_path, shards[row.shard].size)
+    reader = MemberReader(s3_dataset, shards, retries=0, cache=cache)
+    with cache._lock("another"):  # held by the process that fetches it
+        (tmp_path / "another.partial").write_bytes(bytes(1000))
+        assert reader.read(row) == replace(reader, cache=None).read(row)
+        assert not list(tmp_path.glob("*.tar"))
+    assert reader.read(row) == replace(reader, cache=None).read(row)
+    assert len(list(tmp_path.glob("*.tar"))) == 1
 
 
 def test_a_shard_larger_than_the_cache_is_a_clear_error(s3_dataset: Storage, tmp_path: Path) -> None:
