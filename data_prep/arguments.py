@@ -7,7 +7,9 @@ import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
+from arvideo_dist.storage import Storage
 from data_prep import datasets, folder, synthetic
 from data_prep.errors import UserError
 from data_prep.isolation import Limits
@@ -15,6 +17,7 @@ from data_prep.items import Inputs, Item
 from data_prep.transcode import PROFILES, TranscodeSettings
 
 Arguments = argparse.Namespace
+_LEAST_MEMORY_GIB = 0.5  # of address space, of which ffmpeg takes a part before it reads anything
 
 
 def _common() -> argparse.ArgumentParser:
@@ -61,11 +64,7 @@ def parser() -> argparse.ArgumentParser:
         sub.set_defaults(read=read)
         return sub
 
-    tree = source(
-        "folder",
-        "a tree of video files",
-        lambda given: folder.read(given.videos, given.labels_from_folders),
-    )
+    tree = source("folder", "a tree of video files", _folder_inputs)
     tree.add_argument("--videos", required=True, help="top of the tree")
     tree.add_argument("--labels-from-folders", action="store_true", help="first folder below the top = label")
     made = source("synthetic", "rendered clips of labelled motion", _synthetic_inputs)
@@ -138,6 +137,16 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
+def _folder_inputs(arguments: Arguments) -> Inputs:
+    out = Storage(arguments.out)
+    if out.is_local and Path(out.path()).is_relative_to(Path(arguments.videos).expanduser().resolve()):
+        raise UserError(
+            f"--out {arguments.out} is inside --videos: what is written there would be found as input; choose "
+            "a folder beside it"
+        )
+    return folder.read(arguments.videos, arguments.labels_from_folders)
+
+
 def _synthetic_inputs(arguments: Arguments) -> Inputs:
     """The clips that the arguments of `synthetic` ask for."""
     least = {"num_videos": 1, "seed": 0, "width": 16, "height": 16, "frames": 2, "fps": 1}
@@ -184,6 +193,10 @@ def options(given: Arguments) -> Options:
         raise UserError(f"--workers {workers}: at least 1 is needed")
     if given.shard_size is not None and given.shard_size < 1:
         raise UserError(f"--shard-size {given.shard_size}: at least 1 is needed")
+    if given.cpu_limit < 1:
+        raise UserError(f"--cpu-limit {given.cpu_limit:g}: at least 1 second is needed")
+    if given.memory_limit < _LEAST_MEMORY_GIB:
+        raise UserError(f"--memory-limit {given.memory_limit:g}: at least {_LEAST_MEMORY_GIB} GiB is needed")
     encoding = {name: getattr(given, name) for name in TranscodeSettings.model_fields}
     chosen = {name: value for name, value in encoding.items() if value is not None}
     return Options(

@@ -103,7 +103,15 @@ class RayPool:
         return self._get(handle)
 
     def record(self, handle: ray.ObjectRef) -> SliceRecord:
-        return self._get(handle)
+        """Raises UserError where the shard was written to another machine's disk."""
+        record: SliceRecord = self._get(handle)
+        shard = record.shard
+        if shard and not (self._storage.exists(shard.name) and self._storage.size(shard.name) == shard.size):
+            raise UserError(
+                f"{shard.name} was written, but is not in {self._storage.uri} as this machine sees it: with "
+                "--ray-address --out must be a folder that all nodes share, or s3://bucket/folder"
+            )
+        return record
 
     def _get(self, handle: ray.ObjectRef) -> Any:
         try:

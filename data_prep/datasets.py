@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.errors import UserError
-from data_prep.folder import VIDEO_SUFFIXES, walk
+from data_prep.folder import UNREADABLE, VIDEO_SUFFIXES, walk
 from data_prep.items import DUPLICATE, Inputs, Item, printable
 
 # Of protobuf's text format what label maps use: entries that hold fields with one word or a quoted text.
@@ -30,11 +30,19 @@ class VideoFiles:
     """The video files below a folder, by name without suffix."""
 
     def __init__(self, videos: str) -> None:
-        self.top = Path(videos).expanduser()
+        self.top = Path(videos).expanduser().absolute()  # Ray's workers stand in other folders
         if not self.top.is_dir():
             raise UserError(f"--videos {videos}: no such folder")
         self._by_stem: dict[str, list[Path]] = defaultdict(list)
-        files, _ = walk(self.top)
+        files, refused = walk(self.top)
+        closed = [
+            f"{folder}: {why}" for folder, why in refused if why.startswith(UNREADABLE)
+        ]  # the others: loops
+        if closed:
+            raise UserError(
+                f"--videos {videos}: {len(closed)} folder(s) in it cannot be entered, first {closed[0]}; what is "
+                "in them would count as missing: make them readable, or move them away"
+            )
         for path in files:
             if path.suffix.lower() in VIDEO_SUFFIXES:
                 self._by_stem[path.stem].append(path)
@@ -59,7 +67,11 @@ def read_label_map(path: str) -> list[str]:
     (Something-Something V2), or AVA's `.pbtxt` of labels or items. Indices without a name get an empty one."""
     text = _read(path, "--label-map")
     if path.endswith(".json"):
-        numbered = {int(index): name for name, index in _json(text, path).items()}
+        numbers = _json(text, path)
+        try:
+            numbered = {int(index): name for name, index in numbers.items()}
+        except (AttributeError, TypeError, ValueError):
+            raise UserError(f'--label-map {path}: not a JSON object of {{"name": index}}') from None
     elif path.endswith(".pbtxt"):
         numbered = _text_proto_labels(text, path)
     else:
@@ -226,6 +238,10 @@ def ava(annotations: str, videos: str, label_map: str | None, video_start: float
         fields = rest.split(",")
         if len(fields) not in (1, 6, 7):  # a time alone: a key frame without boxes
             raise UserError(f"--annotations {annotations}: line {number} has {len(fields) + 1} columns")
+        try:
+            _ = [float(field) for field in fields[:5]], [int(field) for field in fields[5:] if field]
+        except ValueError as error:
+            raise UserError(f"--annotations {annotations}: line {number}: {error}") from None
         boxes.setdefault(video, [])
         if len(fields) > 1:
             boxes[video].append(rest)
@@ -257,7 +273,9 @@ def listed(annotations: str, videos: str | None, label_map: str | None) -> Input
     Numbers are the labels' indices, other words their names. Relative paths start at `videos`, or at the
     list's folder. A file's links and absolute paths are taken as they are.
     """
-    top = Path(videos if videos else Path(annotations).parent).expanduser()
+    top = Path(videos if videos else Path(annotations).parent).expanduser().absolute()
+    if not top.is_dir():
+        raise UserError(f"--videos {videos}: no such folder")
     rows = []
     for number, line in enumerate(_read(annotations, "--annotations").splitlines(), 1):
         if not line.strip():

@@ -13,6 +13,7 @@ _SUFFIXES = (
     "3g2 3gp asf avi divx dv f4v flv gif h264 hevc ivf m2ts m2v m4v mkv mov mp4 mpeg mpg mts mxf nut ogm ogv"
     " rm rmvb ts vob webm wmv"
 )
+UNREADABLE = "unreadable"
 VIDEO_SUFFIXES = frozenset(f".{suffix}" for suffix in _SUFFIXES.split(" "))
 
 
@@ -36,7 +37,7 @@ def walk(top: Path) -> tuple[list[Path], list[tuple[Path, str]]]:
         except OSError as error:
             if is_machines_fault(error):
                 raise
-            refused.append((folder, f"unreadable: {error.strerror}"))
+            refused.append((folder, f"{UNREADABLE}: {error.strerror}"))
             return
         for entry in entries:
             try:
@@ -56,7 +57,7 @@ def walk(top: Path) -> tuple[list[Path], list[tuple[Path, str]]]:
 
 def read(videos: str, labels_from_folders: bool) -> Inputs:
     """The videos below the folder `videos`; raises UserError where there are none."""
-    top = Path(videos).expanduser()
+    top = Path(videos).expanduser().absolute()  # Ray's workers stand in other folders
     if not top.is_dir():
         raise UserError(f"--videos {videos}: no such folder")
     files, refused = walk(top)

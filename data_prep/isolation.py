@@ -29,7 +29,10 @@ _running: set[subprocess.Popen[Any]] = set()
 _stopping = threading.Event()
 _WALL_FACTOR = 10  # wall seconds allowed per CPU second allowed
 _MAX_FILE_BYTES = 8 * 2**30
-_STDERR_BYTES = 2**20  # kept of a helper's messages
+_STDERR_BYTES = 2**20  # read of a helper's messages: as much of their end as of their beginning
+_ENDED_BY_SIGNAL = (
+    255  # what ffmpeg ends with where it is sent SIGTERM, or SIGXCPU at its limit: it handles both
+)
 
 
 @dataclass(frozen=True)
@@ -68,12 +71,14 @@ class _Watch:
     def stop(self) -> None:
         self._timer.cancel()
 
-    def died(self, returncode: int) -> Interrupted:
-        """How the helper ended that was not to end."""
+    def died(self, returncode: int, cpu_s: float = 0.0) -> Interrupted:
+        """How the helper ended that was not to end, having used `cpu_s` seconds of CPU time."""
         if self._expired:
             return Interrupted(f"no end after {self._wall_s:.0f} s")
-        if returncode == -signal.SIGXCPU:
+        if returncode == -signal.SIGXCPU or cpu_s >= self._limits.cpu_s:
             return Interrupted(f"takes more than {self._limits.cpu_s:.0f} s of CPU time")
+        if returncode == _ENDED_BY_SIGNAL:
+            return Interrupted("ended by a signal", outside=True)
         if returncode >= 0:
             return Interrupted(f"the reader ends with status {returncode}")
         outside = -returncode in (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
@@ -83,7 +88,7 @@ class _Watch:
 def run(
     arguments: list[str], limits: Limits, feed: Callable[[IO[bytes]], object] | None = None
 ) -> tuple[int, str]:
-    """Run a helper to its end; (exit status, the beginning of its stderr).
+    """Run a helper to its end; (exit status, its stderr, of which the middle is left out where it is long).
 
     `feed` writes the helper's stdin (a helper that stops reading is no error here: its status tells).
     Raises Interrupted where it is ended by a signal, hence also by a limit.
@@ -107,6 +112,7 @@ def run(
                         feed(process.stdin)
                 except BrokenPipeError:
                     pass
+            cpu_s = _cpu_seconds_at_its_end(process)
             returncode = process.wait()
         except BaseException:
             process.kill()
@@ -115,12 +121,31 @@ def run(
         finally:
             watch.stop()
             _running.discard(process)
-        messages.seek(0)
-        text = messages.read(_STDERR_BYTES).decode("utf-8", "replace")
-    if returncode < 0:
+        text = _both_ends(messages).decode("utf-8", "replace")
+    if returncode < 0 or returncode == _ENDED_BY_SIGNAL:
         _check_allowed()
-        raise watch.died(returncode)
+        raise watch.died(returncode, cpu_s)
     return returncode, text
+
+
+def _cpu_seconds_at_its_end(process: subprocess.Popen[Any]) -> float:
+    """Waits for the end of the helper, and asks while the kernel still knows: before its status is taken."""
+    try:
+        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+        times = psutil.Process(process.pid).cpu_times()
+    except (ChildProcessError, psutil.NoSuchProcess):  # who killed it took its status
+        return 0.0
+    return float(times.user + times.system)
+
+
+def _both_ends(messages: IO[bytes]) -> bytes:
+    size = messages.seek(0, os.SEEK_END)
+    messages.seek(0)
+    if size <= _STDERR_BYTES:
+        return messages.read()
+    beginning = messages.read(_STDERR_BYTES // 2)
+    messages.seek(size - _STDERR_BYTES // 2)
+    return beginning + b"\n" + messages.read(_STDERR_BYTES // 2)
 
 
 def allow_helpers(allowed: bool) -> None:

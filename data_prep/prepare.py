@@ -341,7 +341,8 @@ def summary(storage: Storage, manifest: DatasetManifest, remarks: list[str], sec
     lines += [f"  {remark}" for remark in remarks]
     lines.append(f"{hours:.2f} hours of video, {size / 2**20:.1f} MiB, {len(manifest.labels)} labels")
     if seconds is None:
-        lines.append("nothing to do: this split was already complete")
+        retry = f"; --retry-rejects tries its {manifest.rejects} rejects again" if manifest.rejects else ""
+        lines.append(f"nothing to do: this split was already complete{retry}")
     else:
         lines.append(f"took {seconds:.1f} s, {total / max(seconds, 1e-9):.2f} videos/s")
     lines.append(f"data set: {storage.uri} split {manifest.split} ({manifest_name(manifest.split)})")

@@ -14,7 +14,7 @@ import subprocess
 from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
-from typing import IO
+from typing import IO, Literal
 
 import imageio_ffmpeg
 from pydantic import BaseModel, ConfigDict, Field
@@ -43,6 +43,11 @@ _TONE_MAP = (
 )
 
 
+Preset = Literal[
+    "ultrafast", "superfast", "veryfast", "faster", "fast", "medium", "slow", "slower", "veryslow"
+]
+
+
 class TranscodeSettings(BaseModel):
     """How videos are encoded; part of the data set's fingerprint."""
 
@@ -51,7 +56,7 @@ class TranscodeSettings(BaseModel):
     crf: int = Field(20, ge=0, le=51, description="x264 constant rate factor: lower is better and larger")
     gop: int = Field(64, ge=1, le=600, description="pictures from one I-picture to the next")
     bframes: int = Field(15, ge=0, le=16, description="droppable B-pictures between two references")
-    preset: str = Field("medium", description="x264 preset")
+    preset: Preset = Field("medium", description="x264 preset")
     max_fps: int = Field(60, ge=1, le=240, description="faster sources are thinned to this rate")
     min_frames: int = Field(2, ge=1, description="shorter results are rejected")
     copy_if_compliant: bool = Field(

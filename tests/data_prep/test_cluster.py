@@ -13,6 +13,7 @@ import pytest
 import ray
 from ray.cluster_utils import Cluster
 
+from data_prep import cluster as cluster_module
 from data_prep import prepare as prepare_module
 from data_prep.shards import Outcome
 from tests.data_prep.runs import digests, prepare
@@ -106,6 +107,25 @@ def test_a_lost_node_changes_no_byte(
     assert prepare(monkeypatch, *CLIPS, "--out", tmp_path, "--ray-address", cluster.address) == 0
     assert not cluster.worker_nodes
     assert digests(tmp_path) == calm
+
+
+def test_a_shard_on_the_disk_of_another_machine_is_no_part_of_the_split(
+    cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`--out` is not shared: what a node wrote is not there where the driver looks."""
+    record = cluster_module.RayPool.record
+
+    def elsewhere(self: Any, handle: Any) -> Any:
+        ray.wait([handle])
+        for shard in tmp_path.glob("out/*.tar"):
+            shard.rename(tmp_path / shard.name)
+        return record(self, handle)
+
+    monkeypatch.setattr(cluster_module.RayPool, "record", elsewhere)
+    arguments = (*CLIPS[:2], 4, *CLIPS[3:], "--out", tmp_path / "out", "--ray-address", cluster.address)
+    assert prepare(monkeypatch, *arguments) == 2
+    assert "must be a folder that all nodes share" in capsys.readouterr().err.splitlines()[-1]
+    assert not (tmp_path / "out" / "dataset-train.json").exists()
 
 
 def test_no_cluster_at_the_address_is_one_clear_line(

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import csv
+import errno
 import json
+import os
 from pathlib import Path
 
 import pytest
 
-from data_prep import boxes, datasets
+from data_prep import boxes, datasets, folder
 from data_prep.errors import Rejected, UserError
 from data_prep.items import Inputs, Item
 from data_prep.probe import VideoInfo
@@ -268,3 +270,47 @@ def test_annotation_mistakes_name_file_and_line(tmp_path: Path) -> None:
     bad.write_text("abc,902,0.1,0.1\n")
     with pytest.raises(UserError, match="line 1 has 4 columns"):
         datasets.ava(str(bad), str(tmp_path), None, 0)
+    bad.write_text("abc,902,0.1,0.1,0.2,0.2,3,1\nabc,soon,0.1,0.1,0.2,0.2,3,1\n")
+    with pytest.raises(UserError, match="line 2: could not convert string to float: 'soon'"):
+        datasets.ava(str(bad), str(tmp_path), None, 0)
+    (tmp_path / "labels.json").write_text('["a", "b"]')
+    with pytest.raises(UserError, match=r'not a JSON object of \{"name": index\}'):
+        datasets.read_label_map(str(tmp_path / "labels.json"))
+    (tmp_path / "list.txt").write_text("a.mp4 1\n")
+    with pytest.raises(UserError, match="--videos /nowhere: no such folder"):
+        datasets.listed(str(tmp_path / "list.txt"), "/nowhere", None)
+
+
+def test_videos_in_a_folder_that_cannot_be_entered_are_not_called_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "list.csv").write_text("youtube_id,time_start,time_end\ny,1,2\n")
+    touch(tmp_path, "videos/closed/y_000001_000002.mp4", "videos/open/x.mp4")
+    (tmp_path / "videos" / "open" / "back").symlink_to(tmp_path / "videos")  # leads to what is found anyway
+    arguments = ("kinetics400", str(tmp_path / "list.csv"), str(tmp_path / "videos"), None)
+    assert datasets.kinetics(*arguments).items[0].reason is None
+    scandir = os.scandir
+
+    def refusing(path: Path) -> object:
+        if path.name == "closed":
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refusing)
+    with pytest.raises(UserError, match=r"1 folder\(s\) in it cannot be entered, first .*closed: unreadable"):
+        datasets.kinetics(*arguments)
+
+
+def test_paths_of_videos_hold_wherever_a_worker_stands(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    touch(tmp_path, "videos/y_000001_000002.mp4")
+    (tmp_path / "list.csv").write_text("youtube_id,time_start,time_end\ny,1,2\n")
+    (tmp_path / "list.txt").write_text("videos/y_000001_000002.mp4 1\n")
+    monkeypatch.chdir(tmp_path)
+    for inputs in (
+        datasets.kinetics("kinetics400", "list.csv", "videos", None),
+        datasets.listed("list.txt", None, None),
+        folder.read("videos", labels_from_folders=False),
+    ):
+        assert inputs.items[0].path == str(tmp_path / "videos/y_000001_000002.mp4")

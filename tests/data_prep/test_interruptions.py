@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import random
 import shutil
 import signal
@@ -56,13 +55,8 @@ def test_helpers_that_are_killed_cost_nothing(tmp_path: Path, monkeypatch: pytes
         make(videos / f"{number}.mp4", source=f"testsrc2=s=160x120:r=25:d={3 + number}")
     assert prepare(monkeypatch, "folder", "--videos", videos, "--out", tmp_path / "calm") == 0
     process = spawn("folder", "--videos", videos, "--out", tmp_path / "killed", "--workers", 2)
-    main = psutil.Process(process.pid)
-    encoders: list[psutil.Process] = []
-    while not encoders:
-        with pytest.raises(subprocess.TimeoutExpired):
-            process.wait(timeout=0.05)
-        encoders = [child for child in main.children() if encodes(child)]
-    for child in main.children():
+    _encoders(process)
+    for child in psutil.Process(process.pid).children():
         child.send_signal(signal.SIGKILL)
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 0, errors.decode()
@@ -71,9 +65,7 @@ def test_helpers_that_are_killed_cost_nothing(tmp_path: Path, monkeypatch: pytes
 
 def test_ctrl_c_rejects_nothing_and_leaves_no_helper(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     process = spawn(*CLIPS, "--out", tmp_path / "out")
-    assert process.stderr
-    os.set_blocking(process.stderr.fileno(), True)
-    assert b"train" in process.stderr.read(8)  # the bar is drawn: work has begun
+    _encoders(process)
     children = psutil.Process(process.pid).children(recursive=True)
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
@@ -85,6 +77,16 @@ def test_ctrl_c_rejects_nothing_and_leaves_no_helper(tmp_path: Path, monkeypatch
     assert prepare(monkeypatch, *CLIPS, "--out", tmp_path / "out") == 0
     assert prepare(monkeypatch, *CLIPS, "--out", tmp_path / "calm") == 0
     assert digests(tmp_path / "out") == digests(tmp_path / "calm")
+
+
+def _encoders(process: subprocess.Popen[bytes]) -> list[psutil.Process]:
+    """Those at work, once there are any."""
+    encoders: list[psutil.Process] = []
+    while not encoders:
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(timeout=0.05)
+        encoders = [child for child in psutil.Process(process.pid).children() if encodes(child)]
+    return encoders
 
 
 def encodes(process: psutil.Process) -> bool:

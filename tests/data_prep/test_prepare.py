@@ -17,6 +17,7 @@ import webdataset
 
 from arvideo_dist.data.index import INDEX_SCHEMA, REJECTS_SCHEMA, load_manifest, open_index
 from arvideo_dist.storage import Storage
+from data_prep import arguments as arguments_module
 from data_prep.synthetic import CLASSES
 from tests.data_prep.runs import SMALL, digests, prepare
 from tests.data_prep.videos import frames_of, make, reference_flags
@@ -149,7 +150,7 @@ def test_a_finished_split_is_left_alone_and_other_settings_are_refused(
     assert prepare(monkeypatch, *base) == 0
     before = digests(tmp_path)
     assert prepare(monkeypatch, *base) == 0
-    assert "nothing to do" in capsys.readouterr().out
+    assert capsys.readouterr().out.splitlines()[-2] == "nothing to do: this split was already complete"
     assert prepare(monkeypatch, *base, "--crf", 30) == 2
     message = capsys.readouterr().err
     assert "transcode.crf: 20 -> 30" in message
@@ -167,6 +168,15 @@ def test_a_finished_split_is_left_alone_and_other_settings_are_refused(
             ("synthetic", "--num-videos", "2", "--crf", "99"),
             "--crf 99: Input should be less than or equal to 51",
         ),
+        (
+            ("synthetic", "--num-videos", "2", "--preset", "fasst"),
+            "--preset fasst: Input should be 'ultrafast'",
+        ),
+        (
+            ("synthetic", "--num-videos", "2", "--cpu-limit", "0"),
+            "--cpu-limit 0: at least 1 second is needed",
+        ),
+        (("synthetic", "--num-videos", "2", "--memory-limit", "0.1"), "at least 0.5 GiB is needed"),
         (("synthetic", "--num-videos", "2", "--split", "a/b"), "--split 'a/b'"),
         (("synthetic", "--num-videos", "2", "--workers", "0"), "--workers 0: at least 1 is needed"),
         (("synthetic", "--num-videos", "two"), "argument --num-videos: invalid int value: 'two'"),
@@ -180,6 +190,16 @@ def test_mistakes_are_one_clear_line_and_exit_code_2(
     assert ended.returncode == 2
     assert message in ended.stderr.splitlines()[-1]
     assert not (tmp_path / "out").exists()
+
+
+def test_what_a_run_writes_is_never_its_own_input(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make(tmp_path / "videos" / "good.mp4")
+    arguments = ("folder", "--videos", tmp_path / "videos", "--out", tmp_path / "videos" / "shards")
+    assert prepare(monkeypatch, *arguments) == 2
+    assert "is inside --videos" in capsys.readouterr().err
+    assert not (tmp_path / "videos" / "shards").exists()
 
 
 def test_two_runs_cannot_write_one_split(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -294,6 +314,7 @@ def test_a_video_that_meets_its_limit_is_tried_twice_and_rejected(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     make(tmp_path / "videos" / "good.mp4")
+    monkeypatch.setattr(arguments_module, "_LEAST_MEMORY_GIB", 0.0)
     arguments = ("folder", "--videos", tmp_path / "videos", "--out", tmp_path / "out", "--memory-limit", 0.01)
     assert prepare(monkeypatch, *arguments) == 1, "no sample at all is a failure"
     (reject,) = pq.read_table(tmp_path / "out" / "rejects-train.parquet").to_pylist()
