@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import csv
 import io
+import os
+import shutil
 from collections.abc import Iterable
 from fractions import Fraction
 from itertools import pairwise
@@ -15,7 +18,7 @@ import pytest
 import webdataset
 
 from arvideo_dist.storage import Storage
-from tests.data_prep.runs import prepare
+from tests.data_prep.runs import prepare, spawn
 from tests.data_prep.videos import psnr
 
 pytestmark = pytest.mark.slow
@@ -31,6 +34,40 @@ def prepared(shared_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
         videos = shared_dir / "videos" / "clips"
         assert prepare(patch, "folder", "--videos", videos, "--out", out, "--workers", 2) == 0
     return out
+
+
+def test_all_of_kinetics_400_val_is_accounted_for_in_bounded_memory(shared_dir: Path, tmp_path: Path) -> None:
+    """The publishers' whole list, of which a folder holds three videos, one of them broken."""
+    annotations = shared_dir / "annotations" / "kinetics-400_val.csv"
+    with open(annotations) as file:
+        listed = {
+            f"{row['youtube_id']}_{int(row['time_start']):06d}_{int(row['time_end']):06d}": row["label"]
+            for row in csv.DictReader(file)
+        }
+    clips = shared_dir / "videos" / "clips"
+    chosen = [*sorted(path for path in clips.glob("hmdb51_*"))[:2], clips / "decord__corrupted.mp4"]
+    names = [list(listed)[row] for row in (0, 9_000, -1)]
+    for name, clip in zip(names, chosen, strict=True):
+        (tmp_path / "videos" / listed[name]).mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(clip, tmp_path / "videos" / listed[name] / f"{name}{clip.suffix}")
+    arguments = ("--annotations", annotations, "--videos", tmp_path / "videos", "--out", tmp_path / "out")
+    process = spawn("kinetics400", *arguments, "--split", "val")
+    assert process.stderr
+    errors = process.stderr.read().decode()
+    _, status, usage = os.wait4(process.pid, 0)  # the process and its helpers, the largest of them
+    process.communicate()
+    assert status == 0, errors
+    index = pq.read_table(tmp_path / "out/index-val.parquet").to_pylist()
+    assert {row["source"]: row["label_name"] for row in index} == {name: listed[name] for name in names[:2]}
+    labels = (shared_dir / "annotations" / "label_map_k400.txt").read_text().splitlines()
+    assert all(labels[row["label"]] == row["label_name"] for row in index)
+    rejects = pq.read_table(tmp_path / "out/rejects-val.parquet").to_pylist()
+    assert len(index) + len(rejects) == len(listed) == 19_906
+    assert {row["source"] for row in index + rejects} == set(listed)
+    assert [row["source"] for row in rejects if not row["reason"].startswith("missing: ")] == [names[2]]
+    peak = usage.ru_maxrss / 2**10
+    print(f"largest process: {peak:.0f} MiB")
+    assert peak < 512
 
 
 def rows(out: Path) -> list[dict]:
