@@ -28,13 +28,14 @@ from typing import Annotated, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
 from arvideo_dist.storage import Storage, patiently
-from arvideo_dist.tracking import Tracker, refuses
+from arvideo_dist.tracking import RunStorageError, Tracker, refuses
 from arvideo_dist.train.lease import LeaseLostError
 from arvideo_dist.train.stop import RunStoppedError
 
 FOLDER = "outbox"
 REFUSED = f"{FOLDER}/refused"
 _LONGEST_PAUSE_S = 15.0
+_MLFLOW, _STORAGE = "MLflow", "the run's storage"
 _DRAIN_S = 90.0  # a run that ends while MLflow is away for a minute still sends all
 
 
@@ -248,7 +249,7 @@ class QueuedTracker:
     # From here on: the sender's thread.
 
     def _send_all(self) -> None:
-        pause, away, sent_before = 0.0, False, 0
+        pause, away, sent_before = 0.0, "", 0  # `away`: what keeps entries waiting, as it was said
         try:
             while not self._ended.is_set():
                 with self._changed:
@@ -258,14 +259,22 @@ class QueuedTracker:
                 failed = next((error for error in failures if error is not None), None)
                 if failed is None:
                     if away and not (self._points or self._files):
-                        self._say(f"MLflow is back: {self._sent - sent_before} entries that waited are sent")
-                    pause, away = 0.0, False
+                        self._say(f"{away} is back: {self._sent - sent_before} entries that waited are sent")
+                    pause, away = 0.0, ""
                     continue
-                if not away:
-                    away, sent_before = True, before
+                sent_before = sent_before if away else before
+                if isinstance(failed, RunStorageError):
+                    if away != _STORAGE:
+                        away = _STORAGE
+                        self._say(
+                            f"{away} {self._run.uri} fails: {failed}\nnothing is sent to MLflow while it cannot "
+                            "tell whether another driver has taken the run; the run goes on, and what it logs waits"
+                        )
+                elif away != _MLFLOW:
+                    away = _MLFLOW
                     self._say(
-                        f"MLflow is away: {failed}\nthe run goes on; what it logs is kept in {self._run.uri}/"
-                        f"{FOLDER} and sent once MLflow is back"
+                        f"{away} is away: {failed}\nthe run goes on; what it logs is kept in {self._run.uri}/"
+                        f"{FOLDER} and sent once {away} is back"
                     )
                     self._keep()
                 pause = min(2 * pause or 0.5, _LONGEST_PAUSE_S)
@@ -301,8 +310,11 @@ class QueuedTracker:
         except Exception as error:
             if not refuses(error) or not self._tracker.is_active():
                 raise
-            with self._writing:
-                member = self._write(REFUSED, [item])
+            try:
+                with self._writing:
+                    member = self._write(REFUSED, [item])
+            except OSError as full:
+                raise RunStorageError(str(full)) from full
             self._say(
                 f"MLflow refused an entry, which is kept in {self._run.uri}/{member} and not sent again: {error}"
             )

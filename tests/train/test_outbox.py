@@ -294,6 +294,37 @@ def test_who_has_lost_the_lease_sends_and_keeps_nothing(sqlite: str, run: Failin
     assert MlflowClient(tracking_uri=sqlite).get_metric_history(run_id, "loss/train") == []
 
 
+def test_storage_that_fails_under_the_lease_is_named_and_not_mlflow(sqlite: str, run: FailingStorage) -> None:
+    fails = True
+
+    def check() -> None:
+        if fails:
+            raise OSError("AWS Error NETWORK_CONNECTION during ListObjectsV2")
+
+    run_id = _new_run(sqlite)
+    with _queued(sqlite, run_id, run, check) as tracker:
+        _log(tracker, 1, 2)
+        told = tracker.lines.get(timeout=WAIT_S)
+        assert told.startswith(f"the run's storage {run.uri} fails: AWS Error NETWORK_CONNECTION")
+        fails = False
+        tracker.await_line("the run's storage is back:")
+    assert tracker.lines.empty()
+    _assert_each_once(sqlite, run_id, last=2)
+
+
+def test_storage_that_takes_no_refused_entry_is_named_and_the_entry_kept_later(
+    sqlite: str, run: FailingStorage
+) -> None:
+    run.fails = True
+    run_id = _new_run(sqlite)
+    with _queued(sqlite, run_id, run) as tracker:
+        tracker.log(1, {"no\nname": 1.0})
+        assert "No space left on device" in tracker.await_line("the run's storage")
+        run.fails = False
+        tracker.await_line("refused an entry")
+    assert len(run.names(REFUSED)) == 1
+
+
 def _config(uri: str, folder: Path) -> RunConfig:
     return RunConfig.model_validate(
         {"run": {"name": "run", "storage_path": str(folder)}, "tracking": {"uri": uri}}
