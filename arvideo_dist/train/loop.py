@@ -255,8 +255,7 @@ def train(
                 weights_step = bad_steps.go_back(step, engine)
                 save_owed = True
                 if audit is not None:
-                    audit.flush()
-                    audit = Audit(task.lease, weights_step, control)
+                    audit.go_back(weights_step)
 
         if step % config.train.log_every_steps == 0 or step == total_steps:
             activity.together("joins the metrics of all ranks")
