@@ -301,6 +301,8 @@ def train(
     saver.finish(save)
 
     if interruption is not None:
+        if tracker is not None:
+            tracker.leave()
         return interruption
     if "loss/val" not in metrics:  # no step was left, and the checkpoint was not the end of a run then
         metrics |= validation()

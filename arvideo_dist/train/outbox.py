@@ -38,6 +38,8 @@ _LONGEST_PAUSE_S = 15.0
 _MLFLOW, _STORAGE = "MLflow", "the run's storage"
 _DRAIN_S = 90.0  # a run that ends while MLflow is away for a minute still sends all
 
+_LEAVING_S = 5.0  # out of the grace period of who is told to leave; the same command sends the rest
+
 
 class _Base(BaseModel):
     model_config = ConfigDict(
@@ -105,7 +107,8 @@ class _Waiting:
 class QueuedTracker:
     """A `Tracker` whose methods return at once.
 
-    At the end of its `with` block it waits, for a bounded time, until all is sent; the rest is kept.
+    At the end of its `with` block it waits, for a bounded time, until all is sent; the rest is kept. Where it was
+    told to `finish` or `leave` before, nothing is left to do there.
     """
 
     def __init__(self, tracker: Tracker, run: Storage) -> None:
@@ -137,6 +140,8 @@ class QueuedTracker:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """After an error that restarts the workers nothing is waited for: their replay gives the same again."""
+        if self._ended.is_set():
+            return
         if kind is None or issubclass(kind, RunStoppedError):
             self.finish()
         else:
@@ -177,10 +182,18 @@ class QueuedTracker:
         with self._changed:
             self._changed.wait_for(lambda: not (self._points or self._files) or self._ended.is_set(), drain_s)
         self._end()
+        self._keep_rest(drain_s)
+        self._thread.join(1.0)  # one that waits for an answer is left to its fate: all is kept
+        self._delete_sent()
+
+    def leave(self) -> None:
+        """As `finish`, of a process that may be killed soon: all is kept first, then MLflow gets a few seconds."""
+        self._keep_rest(_LEAVING_S)
+        self.finish(_LEAVING_S)
+
+    def _keep_rest(self, patience_s: float) -> None:
         try:
-            patiently(self.flush, drain_s)
-            self._thread.join(1.0)  # one that waits for an answer is left to its fate: all is kept
-            self._delete_sent()
+            patiently(self.flush, patience_s)
         except LeaseLostError:  # another driver's workers log the run from its newest checkpoint on
             pass
         except OSError as error:
