@@ -134,6 +134,10 @@ def close_run(config: RunConfig, run_id: str, status: str) -> None:
         time.sleep(_PAUSE_S)
 
 
+class RunStorageError(OSError):
+    """Not MLflow fails but the run's own storage, without which nothing may be sent."""
+
+
 class Tracker:
     """Writes points, tags and files of one run at once; each (metric, step) once, also after a restart.
 
@@ -141,8 +145,11 @@ class Tracker:
     """
 
     def __init__(self, uri: str, run_id: str, before_write: Callable[[], None]) -> None:
-        """`before_write` is called before everything that is written, and may refuse it by raising."""
-        self._before_write = before_write
+        """`before_write` is called before everything that is written, and may refuse it by raising.
+
+        It looks into the run's storage: its OSError becomes a RunStorageError.
+        """
+        self._check = before_write
         self._client = _client(uri)
         self._run_id = run_id
         self._last_steps: dict[str, int] = {}
@@ -165,6 +172,12 @@ class Tracker:
             self._last_steps.clear()  # MLflow may have them all the same: it is asked again
             raise
         self._last_steps.update(dict.fromkeys(new, step))
+
+    def _before_write(self) -> None:
+        try:
+            self._check()
+        except OSError as error:  # MLflow's client has the same type for a server that is away
+            raise RunStorageError(str(error)) from error
 
     def _last_step(self, key: str) -> int:
         if key not in self._last_steps:

@@ -255,8 +255,7 @@ def train(
                 weights_step = bad_steps.go_back(step, engine)
                 save_owed = True
                 if audit is not None:
-                    audit.flush()
-                    audit = Audit(task.lease, weights_step, control)
+                    audit.go_back(weights_step)
 
         if step % config.train.log_every_steps == 0 or step == total_steps:
             activity.together("joins the metrics of all ranks")
@@ -302,6 +301,8 @@ def train(
     saver.finish(save)
 
     if interruption is not None:
+        if tracker is not None:
+            tracker.leave()
         return interruption
     if "loss/val" not in metrics:  # no step was left, and the checkpoint was not the end of a run then
         metrics |= validation()

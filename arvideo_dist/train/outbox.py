@@ -28,14 +28,17 @@ from typing import Annotated, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
 from arvideo_dist.storage import Storage, patiently
-from arvideo_dist.tracking import Tracker, refuses
+from arvideo_dist.tracking import RunStorageError, Tracker, refuses
 from arvideo_dist.train.lease import LeaseLostError
 from arvideo_dist.train.stop import RunStoppedError
 
 FOLDER = "outbox"
 REFUSED = f"{FOLDER}/refused"
 _LONGEST_PAUSE_S = 15.0
+_MLFLOW, _STORAGE = "MLflow", "the run's storage"
 _DRAIN_S = 90.0  # a run that ends while MLflow is away for a minute still sends all
+
+_LEAVING_S = 5.0  # out of the grace period of who is told to leave; the same command sends the rest
 
 
 class _Base(BaseModel):
@@ -104,7 +107,8 @@ class _Waiting:
 class QueuedTracker:
     """A `Tracker` whose methods return at once.
 
-    At the end of its `with` block it waits, for a bounded time, until all is sent; the rest is kept.
+    At the end of its `with` block it waits, for a bounded time, until all is sent; the rest is kept. Where it was
+    told to `finish` or `leave` before, nothing is left to do there.
     """
 
     def __init__(self, tracker: Tracker, run: Storage) -> None:
@@ -136,6 +140,8 @@ class QueuedTracker:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """After an error that restarts the workers nothing is waited for: their replay gives the same again."""
+        if self._ended.is_set():
+            return
         if kind is None or issubclass(kind, RunStoppedError):
             self.finish()
         else:
@@ -176,10 +182,18 @@ class QueuedTracker:
         with self._changed:
             self._changed.wait_for(lambda: not (self._points or self._files) or self._ended.is_set(), drain_s)
         self._end()
+        self._keep_rest(drain_s)
+        self._thread.join(1.0)  # one that waits for an answer is left to its fate: all is kept
+        self._delete_sent()
+
+    def leave(self) -> None:
+        """As `finish`, of a process that may be killed soon: all is kept first, then MLflow gets a few seconds."""
+        self._keep_rest(_LEAVING_S)
+        self.finish(_LEAVING_S)
+
+    def _keep_rest(self, patience_s: float) -> None:
         try:
-            patiently(self.flush, drain_s)
-            self._thread.join(1.0)  # one that waits for an answer is left to its fate: all is kept
-            self._delete_sent()
+            patiently(self.flush, patience_s)
         except LeaseLostError:  # another driver's workers log the run from its newest checkpoint on
             pass
         except OSError as error:
@@ -248,7 +262,7 @@ class QueuedTracker:
     # From here on: the sender's thread.
 
     def _send_all(self) -> None:
-        pause, away, sent_before = 0.0, False, 0
+        pause, away, sent_before = 0.0, "", 0  # `away`: what keeps entries waiting, as it was said
         try:
             while not self._ended.is_set():
                 with self._changed:
@@ -258,14 +272,22 @@ class QueuedTracker:
                 failed = next((error for error in failures if error is not None), None)
                 if failed is None:
                     if away and not (self._points or self._files):
-                        self._say(f"MLflow is back: {self._sent - sent_before} entries that waited are sent")
-                    pause, away = 0.0, False
+                        self._say(f"{away} is back: {self._sent - sent_before} entries that waited are sent")
+                    pause, away = 0.0, ""
                     continue
-                if not away:
-                    away, sent_before = True, before
+                sent_before = sent_before if away else before
+                if isinstance(failed, RunStorageError):
+                    if away != _STORAGE:
+                        away = _STORAGE
+                        self._say(
+                            f"{away} {self._run.uri} fails: {failed}\nnothing is sent to MLflow while it cannot "
+                            "tell whether another driver has taken the run; the run goes on, and what it logs waits"
+                        )
+                elif away != _MLFLOW:
+                    away = _MLFLOW
                     self._say(
-                        f"MLflow is away: {failed}\nthe run goes on; what it logs is kept in {self._run.uri}/"
-                        f"{FOLDER} and sent once MLflow is back"
+                        f"{away} is away: {failed}\nthe run goes on; what it logs is kept in {self._run.uri}/"
+                        f"{FOLDER} and sent once {away} is back"
                     )
                     self._keep()
                 pause = min(2 * pause or 0.5, _LONGEST_PAUSE_S)
@@ -301,8 +323,11 @@ class QueuedTracker:
         except Exception as error:
             if not refuses(error) or not self._tracker.is_active():
                 raise
-            with self._writing:
-                member = self._write(REFUSED, [item])
+            try:
+                with self._writing:
+                    member = self._write(REFUSED, [item])
+            except OSError as full:
+                raise RunStorageError(str(full)) from full
             self._say(
                 f"MLflow refused an entry, which is kept in {self._run.uri}/{member} and not sent again: {error}"
             )

@@ -67,6 +67,7 @@ _CHUNK_BYTES = 8 * 2**20
 # Levels below training and decoding (Ray's workers are at 15 already): on a full core some two fifths of their
 # share, so that a save also comes to its end.
 _NICER = 4
+_SLICE_S = 1.0  # of waiting for a save; well below the shortest run.hung_s
 # How much later than the fastest rank the slowest may have uploaded its part.
 _TIMEOUT = timedelta(hours=2)
 _TOLD = 3  # ranks whose failure a message tells; a full disk is the same on all
@@ -187,7 +188,10 @@ class Saver:
         """What became of the save in flight, once it has ended. Raises what must stop the run."""
         if self._thread is not None:
             activity.together("waits for the save in flight")
-            self._thread.join()
+            while self._thread.is_alive():
+                self._thread.join(_SLICE_S)
+                if self._snapshot.uploading.is_set():
+                    activity.tick()
             self._thread = None
         failure, self._failure = self._failure, None
         if failure is None:
@@ -332,6 +336,11 @@ class _Snapshot:
         self._stream = torch.cuda.Stream(engine.device) if cuda else None
         self._copied_on_device = torch.cuda.Event() if cuda else None
         self._copied_on_host = threading.Event()
+        # Set while an object store's client is at work. It queues the pieces and waits at the end until all are
+        # stored: that may take longer than run.hung_s and is no hang, since its own limits (3 s of silence, a few
+        # attempts) end each request that is not answered. Nothing ends a write to a disk that hangs, or the ranks'
+        # waiting for one of them that hangs: it is not set then.
+        self.uploading = threading.Event()
 
     def begin(self) -> None:
         """Step loop: note what to copy; on a GPU the copy is queued beside the steps' kernels."""
@@ -368,10 +377,15 @@ class _Snapshot:
     def write(self, run: Storage, folder: str, part: str) -> tuple[FileEntry, list[FragmentEntry]]:
         """Background: the copy as member `part`, its digest taken on the way."""
         digest, size = hashlib.sha256(), 0
-        with run.streaming(f"{folder}/{part}") as file:
-            for piece in self._pieces():
-                digest.update(piece)
-                size += file.write(piece)
+        if not run.is_local:
+            self.uploading.set()
+        try:
+            with run.streaming(f"{folder}/{part}") as file:
+                for piece in self._pieces():
+                    digest.update(piece)
+                    size += file.write(piece)
+        finally:
+            self.uploading.clear()
         entries = [FragmentEntry(name=f.name, start=f.start, stop=f.stop, part=part) for f in self._fragments]
         return FileEntry(name=part, size=size, sha256=digest.hexdigest()), entries
 
@@ -379,7 +393,7 @@ class _Snapshot:
         yield self._header
         content = self._values.view(torch.uint8).numpy()
         for begin in range(0, len(content), _CHUNK_BYTES):
-            activity.tick()  # a slow store is no hang while it takes pieces
+            activity.tick()  # a slow disk is no hang while it takes pieces
             yield content[begin : begin + _CHUNK_BYTES].data
 
 

@@ -27,7 +27,7 @@ from arvideo_dist.config import OptimConfig, RunConfig, TrainConfig
 from arvideo_dist.model.vit import ENCODER_SIZES, EncoderSize
 from arvideo_dist.storage import Storage
 from arvideo_dist.train import zero_state
-from arvideo_dist.train.audit import applied_places
+from arvideo_dist.train.audit import Audit, applied_places
 from arvideo_dist.train.bad_steps import ROLLBACKS_TAG, BadSteps
 from arvideo_dist.train.checkpoint import FOLDER, Checkpoint, complete_checkpoints
 from arvideo_dist.train.deferred import DeferredWrites
@@ -158,6 +158,7 @@ class Case:
     places: dict[int, str]
     suppressed: tuple[int, ...] = ()
     crash_at: int | None = None  # the forward pass of this place fails once, and the run is started again
+    audit_waits: bool = False  # the storage takes nothing of the audit but while a save is written
     options: tuple[tuple[str, Any], ...] = ()
 
 
@@ -176,6 +177,7 @@ CASES = [
     Case("single-expected", {}, suppressed=(3, 8)),
     Case("rollback", _nan_at(6, 7, 8)),
     Case("rollback-expected", {}, suppressed=(5, 6, 7, 8)),
+    Case("rollback-without-room", _nan_at(6, 7, 8), audit_waits=True),
     Case("restarted", _nan_at(6, 7, 8), crash_at=37),
     Case("stop", _nan_at(6, 7, 8), options=(("on_bad_steps", "stop"),)),
     Case("two-in-a-row", _nan_at(2, 3), options=(("max_bad_steps", 2),)),
@@ -234,7 +236,8 @@ def _train_cases(tasks: list[Task]) -> dict[str, list[str]]:
 def _train_case(case: Case, task: Task) -> list[str]:
     crashes = [] if case.crash_at is None else [case.crash_at]
     outputs = []
-    with poisoned(case.places), _suppressed(case.suppressed):
+    waiting = _audit_waits() if case.audit_waits else contextlib.nullcontext()
+    with poisoned(case.places), _suppressed(case.suppressed), waiting:
         while True:
             control = dist.new_group(backend="gloo")
             ended, said = False, io.StringIO()
@@ -279,6 +282,20 @@ def _crashing(places: list[int]) -> Iterator[None]:
         return original(self, batches, total_weight)
 
     with mock.patch.object(Engine, "accumulate", accumulate):
+        yield
+
+
+@contextlib.contextmanager
+def _audit_waits() -> Iterator[None]:
+    """The step loop's own thread finds a full disk on every rank."""
+    original = Audit.flush
+
+    def flush(self: Audit) -> None:
+        if threading.current_thread() is threading.main_thread():
+            raise OSError("No space left on device")
+        original(self)
+
+    with mock.patch.object(Audit, "flush", flush):
         yield
 
 
@@ -369,10 +386,33 @@ def test_every_step_is_logged_and_a_bad_ones_loss_is_a_gap(
 def test_the_audit_has_neither_bad_steps_nor_those_that_a_rollback_gave_up(
     printed: dict[str, list[str]], folder: Path
 ) -> None:
-    for case, gone in (("single", (3, 8)), ("rollback", (5, 6, 7, 8)), ("restarted", (5, 6, 7, 8))):
+    given_up = (5, 6, 7, 8)
+    for case, gone in (
+        *(("single", (3, 8)), ("rollback", given_up)),
+        *(("rollback-without-room", given_up), ("restarted", given_up)),
+    ):
         assert applied_places(Storage(str(folder / "runs" / case))) == {
             step: list(range(4 * (step - 1), 4 * step)) for step in range(1, TOTAL + 1) if step not in gone
         }, case
+
+
+def test_a_rollback_whose_audit_finds_no_room_goes_on_and_keeps_every_line_for_the_next_checkpoint(
+    printed: dict[str, list[str]], folder: Path
+) -> None:
+    """`applied_places` above shows the lines; here that the old attempt has those of the step given up, too."""
+    (output,) = printed["rollback-without-room"]  # no worker was lost
+    assert "tried again later: No space left on device" in output
+    audits = [folder / "runs" / case / "audit" for case in ("rollback", "rollback-without-room")]
+    written, waited = [
+        {str(file.relative_to(audit)): file.read_text() for file in audit.rglob("*.json*")}
+        for audit in audits
+    ]
+    assert waited == written
+    assert len(written) == 6  # of two attempts the start and two ranks' lines
+    state, tensors = _checkpoint(folder, "rollback-without-room", TOTAL)
+    expected_state, expected_tensors = _checkpoint(folder, "rollback", TOTAL)
+    _assert_equal(tensors, expected_tensors)
+    assert state["bad_steps"] == expected_state["bad_steps"]
 
 
 def test_a_checkpoint_waits_for_a_good_step_and_follows_a_rollback_at_once(

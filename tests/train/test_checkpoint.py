@@ -16,7 +16,9 @@ import torch.distributed as dist
 from arvideo_dist.config import DecoderConfig, ModelConfig, OptimConfig, TrainConfig
 from arvideo_dist.model.arvideo import ARVideo
 from arvideo_dist.storage import Storage
+from arvideo_dist.train import checkpoint as checkpoint_module
 from arvideo_dist.train import parts, zero_state
+from arvideo_dist.train.activity import activity
 from arvideo_dist.train.checkpoint import (
     FOLDER,
     MANIFEST,
@@ -138,6 +140,18 @@ def test_values_are_the_same_however_they_are_cut_into_requests(
     monkeypatch.setattr(parts, "_HOLE_BYTES", hole_bytes)
     cut = _weights(saved[1])
     assert all(torch.equal(whole[name], cut[name]) for name in whole)
+
+
+@pytest.mark.parametrize("store", ["local", "s3"])
+def test_each_piece_of_a_part_that_is_verified_is_progress(
+    saved: tuple[Path, Storage, Storage], monkeypatch: pytest.MonkeyPatch, store: str
+) -> None:
+    checkpoint = Checkpoint(saved[1] if store == "local" else saved[2], "step-00000004")
+    (part, *_), ticks = checkpoint.manifest.parts, []
+    monkeypatch.setattr(checkpoint_module, "_PIECE_BYTES", part.size // 3)
+    monkeypatch.setattr(activity, "tick", lambda: ticks.append(1))
+    checkpoint.verify([part])
+    assert len(ticks) > 3
 
 
 def test_nothing_is_unpickled_on_load(

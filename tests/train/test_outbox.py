@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing as mp
 import os
 import signal
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from queue import Queue
@@ -17,6 +18,7 @@ from arvideo_dist import tracking
 from arvideo_dist.config import RunConfig
 from arvideo_dist.storage import Storage
 from arvideo_dist.tracking import RUN_FILE, Tracker, close_run, open_run
+from arvideo_dist.train import outbox
 from arvideo_dist.train.lease import LeaseLostError
 from arvideo_dist.train.outbox import FOLDER, REFUSED, QueuedTracker, say_unsent
 from tests.services.mlflow_server import MlflowServer, free_port
@@ -292,6 +294,63 @@ def test_who_has_lost_the_lease_sends_and_keeps_nothing(sqlite: str, run: Failin
     with _queued(sqlite, run_id, run, refuse) as tracker:
         _log(tracker, 1)
     assert MlflowClient(tracking_uri=sqlite).get_metric_history(run_id, "loss/train") == []
+
+
+def test_who_leaves_keeps_all_before_it_waits_briefly_and_the_end_of_the_block_waits_no_more(
+    run: FailingStorage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waits: list[tuple[float, bool]] = []  # for how long, and whether all was on storage by then
+    original = threading.Condition.wait_for
+
+    def wait_for(
+        self: threading.Condition, predicate: Callable[[], bool], timeout: float | None = None
+    ) -> bool:
+        if timeout is None:  # the sender's
+            return original(self, predicate)
+        members = [
+            run.read_bytes(f"{FOLDER}/{name}") for name in run.names(FOLDER) if name.endswith(".jsonl")
+        ]
+        waits.append((timeout, all(f'"step":{step},'.encode() in b"".join(members) for step in (1, 2))))
+        return False
+
+    monkeypatch.setattr(threading.Condition, "wait_for", wait_for)
+    with _queued(f"http://127.0.0.1:{free_port()}", "run", run) as tracker:
+        _log(tracker, 1, 2)
+        tracker.leave()
+    drains = [wait for wait in waits if wait[0] > 1]
+    assert drains == [(outbox._LEAVING_S, True)]
+    assert outbox._LEAVING_S <= 5
+
+
+def test_storage_that_fails_under_the_lease_is_named_and_not_mlflow(sqlite: str, run: FailingStorage) -> None:
+    fails = True
+
+    def check() -> None:
+        if fails:
+            raise OSError("AWS Error NETWORK_CONNECTION during ListObjectsV2")
+
+    run_id = _new_run(sqlite)
+    with _queued(sqlite, run_id, run, check) as tracker:
+        _log(tracker, 1, 2)
+        told = tracker.lines.get(timeout=WAIT_S)
+        assert told.startswith(f"the run's storage {run.uri} fails: AWS Error NETWORK_CONNECTION")
+        fails = False
+        tracker.await_line("the run's storage is back:")
+    assert tracker.lines.empty()
+    _assert_each_once(sqlite, run_id, last=2)
+
+
+def test_storage_that_takes_no_refused_entry_is_named_and_the_entry_kept_later(
+    sqlite: str, run: FailingStorage
+) -> None:
+    run.fails = True
+    run_id = _new_run(sqlite)
+    with _queued(sqlite, run_id, run) as tracker:
+        tracker.log(1, {"no\nname": 1.0})
+        assert "No space left on device" in tracker.await_line("the run's storage")
+        run.fails = False
+        tracker.await_line("refused an entry")
+    assert len(run.names(REFUSED)) == 1
 
 
 def _config(uri: str, folder: Path) -> RunConfig:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -20,6 +21,8 @@ from safetensors.torch import load_file
 
 from arvideo_dist.data.loader import BadRecord
 from arvideo_dist.storage import Storage
+from arvideo_dist.train import saver as saver_module
+from arvideo_dist.train.activity import activity
 from arvideo_dist.train.agreement import agree
 from arvideo_dist.train.checkpoint import (
     FOLDER,
@@ -30,6 +33,7 @@ from arvideo_dist.train.checkpoint import (
     retain,
 )
 from arvideo_dist.train.engine import Engine
+from tests.services.s3 import S3
 from tests.train.distributed import make_saver, run_ranks, save_checkpoint
 from tests.train.keyed import micro_batch, new_engine, new_model, state_at, train_steps
 
@@ -49,21 +53,38 @@ class HeldStorage(Storage):
             yield file
 
 
+class HeldEnd(Storage):
+    """A part that is written ends once it is let go; on disk and in an object store."""
+
+    def __init__(self, uri: str) -> None:
+        super().__init__(uri)
+        self.let_go = threading.Event()
+
+    @contextmanager
+    def streaming(self, name: str) -> Iterator[IO[bytes]]:
+        with super().streaming(name) as file:
+            yield file
+            assert self.let_go.wait(60), "nothing came from the step loop"
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("saver")
 
 
 @pytest.fixture(scope="module")
-def found(folder: Path) -> list[dict[str, Any]]:
+def found(folder: Path, s3: S3) -> list[dict[str, Any]]:
     """What two ranks found, by rank; all in one pair of processes, since starting one costs seconds."""
-    return run_ranks(2, _find, str(folder))
+    s3.make_bucket("held")
+    return run_ranks(2, _find, str(folder), s3.uri("held/run"))
 
 
-def _find(folder: str) -> dict[str, Any]:
+def _find(folder: str, remote: str) -> dict[str, Any]:
     engine = new_engine(new_model(), stage=0)
     return {
         "held": _train_past_a_held_save(f"{folder}/held", engine),
+        "upload": _wait_for_an_end(remote, engine),
+        "disk": _wait_for_an_end(f"{folder}/hanging", engine),
         "votes": _votes(engine),
         "agreed": _agree_on_bad(),
         "random": _random_states(engine),
@@ -106,6 +127,43 @@ def test_training_goes_on_while_the_state_as_it_was_is_saved(found: list[dict[st
         "as it was": True,
         "as it is": False,
     }
+
+
+def _wait_for_an_end(uri: str, engine: Engine) -> dict[str, Any]:
+    """The step loop waits for a part whose pieces are all taken, and whose end is let go at its third look."""
+    run = HeldEnd(uri)
+    saver = make_saver(run, engine)
+    original, seen = saver._snapshot.uploading.is_set, []
+    signs: list[int] = []  # of progress that the step loop's own thread gave, by the number of its looks
+
+    def look() -> bool:
+        seen.append(original())
+        if len(seen) == 3:
+            run.let_go.set()
+        return seen[-1]
+
+    def tick() -> None:
+        if threading.current_thread() is threading.main_thread():
+            signs.append(len(seen))
+
+    with (
+        mock.patch.object(saver_module, "_SLICE_S", 0.05),
+        mock.patch.object(saver._snapshot.uploading, "is_set", look),
+        mock.patch.object(activity, "tick", tick),
+    ):
+        saver.request(1, state_at(1))
+        if not run.is_local:
+            assert saver._snapshot.uploading.wait(60)
+        saver.finish()
+    return {"signs": signs[:3], "complete": complete_checkpoints(run)}
+
+
+def test_an_upload_that_the_step_loop_waits_for_is_progress_and_a_disk_that_takes_no_more_is_not(
+    found: list[dict[str, Any]],
+) -> None:
+    for rank in found:
+        assert rank["upload"] == {"signs": [1, 2, 3], "complete": ["step-00000001"]}
+        assert rank["disk"] == {"signs": [], "complete": ["step-00000001"]}
 
 
 def _save_fresh(folder: str) -> None:
