@@ -126,7 +126,6 @@ def launch(config: RunConfig, derived: Derived, lease: Lease) -> Finished:
     LeaseLostError where another driver took the run, CrashLoopError where workers are lost again and again.
     """
     from arvideo_dist import tracking  # MLflow and Ray take seconds to import: only after all checks
-    from arvideo_dist.train import outbox
 
     run = lease.guard.storage()
     run_id = tracking.open_run(config, asdict(derived), run)
@@ -140,15 +139,32 @@ def launch(config: RunConfig, derived: Derived, lease: Lease) -> Finished:
         status = "KILLED"
         raise
     finally:
-        if lease.is_held():
-            tracking.close_run(config, run_id, status)
-            outbox.say_unsent(run)
+        _close(config, run_id, status, lease)
     return Finished(
         metrics=result,
         run_folder=run.uri,
         checkpoint=f"{run.uri}/{FOLDER}/{_newest(run)}",
         mlflow_run_id=run_id,
     )
+
+
+def _close(config: RunConfig, run_id: str, status: str, lease: Lease) -> None:
+    """Set the status in MLflow, unless another driver has the run: then it is that one's to set."""
+    from arvideo_dist import tracking
+    from arvideo_dist.train import outbox
+
+    try:
+        is_ours = lease.is_held()
+    except OSError as error:  # said only: how the run ended is not to be hidden by it
+        print(
+            f"{lease.guard.run_uri} does not tell whether this run is still ours: {error}\nthe status {status} of "
+            f"MLflow's run {run_id} is not set; the same command, given again, sets it",
+            flush=True,
+        )
+        return
+    if is_ours:
+        tracking.close_run(config, run_id, status)
+        outbox.say_unsent(lease.guard.storage())
 
 
 def _fit(config: RunConfig, derived: Derived, uri: str, run_id: str, lease: Lease) -> None:
