@@ -7,11 +7,13 @@ import json
 import os
 import sys
 from dataclasses import asdict
+from typing import NoReturn
 
 from arvideo_dist.checks.start import check_driver
 from arvideo_dist.config import RunConfig
 from arvideo_dist.derived import Derived, derive
 from arvideo_dist.settings import exit_with, read_config
+from arvideo_dist.storage import lasts
 from arvideo_dist.train.launch import (
     Finished,
     check_initial_weights,
@@ -50,7 +52,22 @@ def main(argv: list[str] | None = None) -> None:
         exit_with(error, 1)
     except RunInterruptedError as error:
         exit_with(error, os.EX_TEMPFAIL)
+    except OSError as error:
+        _exit_with_failed_storage(error)
     _print_end(config, finished)
+
+
+def _exit_with_failed_storage(error: OSError) -> NoReturn:
+    """A store, or whatever else the run reaches through the network, failed for longer than anybody waits."""
+    text = " ".join(str(error).split())
+    if lasts(error):  # to start again by itself would meet the same
+        exit_with(
+            OSError(f"storage or network failed: {text}; mend that, then the same command continues"), 1
+        )
+    exit_with(
+        OSError(f"storage or network failed: {text}; the same command continues once it is back"),
+        os.EX_TEMPFAIL,
+    )
 
 
 def _print_start(config: RunConfig, derived: Derived) -> None:

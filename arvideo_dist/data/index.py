@@ -10,9 +10,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import tempfile
+from collections.abc import Iterator
+from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +26,12 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from arvideo_dist.storage import Storage, sync
+from arvideo_dist.storage import Storage, lasts, patiently, sync
 
 FORMAT_VERSION = 1
+
+_WORKERS_PATIENCE_S = 180.0
+_patience_s: ContextVar[float] = ContextVar("patience_s", default=0.0)
 
 INDEX_SCHEMA = pa.schema(
     [
@@ -111,8 +118,25 @@ class SampleRow:
     source: str
 
 
+@contextlib.contextmanager
+def patient_reading() -> Iterator[None]:
+    """Within the block manifests and indexes are read again while the storage fails, for three minutes.
+
+    For workers, whose loss costs steps. A look at whether the storage answers, as of the checks, stays quick.
+    """
+    before = _patience_s.set(_WORKERS_PATIENCE_S)
+    try:
+        yield
+    finally:
+        _patience_s.reset(before)
+
+
 def load_manifest(storage: Storage, split: str) -> DatasetManifest:
     """Read the manifest of `split`; ValueError with the remedy where there is none or it is not ours."""
+    return patiently(partial(_read_manifest, storage, split), _patience_s.get(), is_answer=lasts)
+
+
+def _read_manifest(storage: Storage, split: str) -> DatasetManifest:
     name = manifest_name(split)
     if not storage.exists(name):
         found = [n for n in storage.names() if n.startswith("dataset-") and n.endswith(".json")]
@@ -171,19 +195,24 @@ def open_index(storage: Storage, split: str, cache: Path | None = None) -> Datas
     cache = cache or index_cache()
     target = cache / f"{manifest.index.sha256}.arrow"
     if not target.exists():
-        cache.mkdir(parents=True, exist_ok=True, mode=0o700)
-        with tempfile.TemporaryDirectory(dir=cache) as scratch:
-            parquet = storage.local_copy(manifest.index.name, Path(scratch))
-            if Storage(str(parquet.parent)).sha256(parquet.name) != manifest.index.sha256:
-                raise ValueError(
-                    f"{storage.uri}/{manifest.index.name} does not match {manifest_name(split)}: "
-                    "the data set is damaged or half replaced; run `python -m data_prep` for it again"
-                )
-            arrow = Path(scratch) / "index.arrow"
-            # A piece at a time: an index of 10^8 rows takes 20 GB.
-            with pq.ParquetFile(parquet) as file, pa.ipc.new_file(str(arrow), INDEX_SCHEMA) as writer:
-                for batch in file.iter_batches(batch_size=2**20):
-                    writer.write_table(pa.Table.from_batches([batch]).cast(INDEX_SCHEMA))
-            sync(arrow)
-            arrow.replace(target)
+        make = partial(_make_arrow, storage, split, manifest.index, target)
+        patiently(make, _patience_s.get(), is_answer=lasts)
     return DatasetIndex(target)
+
+
+def _make_arrow(storage: Storage, split: str, index: FileEntry, target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
+        parquet = storage.local_copy(index.name, Path(scratch))
+        if Storage(str(parquet.parent)).sha256(parquet.name) != index.sha256:
+            raise ValueError(
+                f"{storage.uri}/{index.name} does not match {manifest_name(split)}: "
+                "the data set is damaged or half replaced; run `python -m data_prep` for it again"
+            )
+        arrow = Path(scratch) / "index.arrow"
+        # A piece at a time: an index of 10^8 rows takes 20 GB.
+        with pq.ParquetFile(parquet) as file, pa.ipc.new_file(str(arrow), INDEX_SCHEMA) as writer:
+            for batch in file.iter_batches(batch_size=2**20):
+                writer.write_table(pa.Table.from_batches([batch]).cast(INDEX_SCHEMA))
+        sync(arrow)
+        arrow.replace(target)

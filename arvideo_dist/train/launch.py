@@ -8,6 +8,7 @@ import json
 import math
 import os
 import socket
+import time
 import warnings
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -16,9 +17,9 @@ import torch
 from pydantic import ValidationError
 
 from arvideo_dist.config import RunConfig
-from arvideo_dist.data.index import load_manifest
+from arvideo_dist.data.index import load_manifest, patient_reading
 from arvideo_dist.derived import Derived, derive
-from arvideo_dist.storage import Storage, patiently
+from arvideo_dist.storage import Storage, lasts, patiently
 from arvideo_dist.train import changes
 from arvideo_dist.train.activity import activity
 from arvideo_dist.train.checkpoint import FOLDER, Checkpoint, CheckpointError, complete_checkpoints
@@ -29,6 +30,10 @@ from arvideo_dist.train.lease import Lease
 from arvideo_dist.train.monitor import HangWatch
 from arvideo_dist.train.preemption import stop_on_sigterm, wait_to_restart, wait_until_gone
 from arvideo_dist.train.stop import RESULT, Interruption, RunInterruptedError, RunStoppedError, Stopped
+
+# How long lost workers' successors wait for the run's store, and between two looks at it.
+_STORE_AWAY_S = 3600.0
+_STORE_PAUSE_S = 5.0
 
 
 @dataclass(frozen=True)
@@ -126,7 +131,6 @@ def launch(config: RunConfig, derived: Derived, lease: Lease) -> Finished:
     LeaseLostError where another driver took the run, CrashLoopError where workers are lost again and again.
     """
     from arvideo_dist import tracking  # MLflow and Ray take seconds to import: only after all checks
-    from arvideo_dist.train import outbox
 
     run = lease.guard.storage()
     run_id = tracking.open_run(config, asdict(derived), run)
@@ -140,15 +144,32 @@ def launch(config: RunConfig, derived: Derived, lease: Lease) -> Finished:
         status = "KILLED"
         raise
     finally:
-        if lease.is_held():
-            tracking.close_run(config, run_id, status)
-            outbox.say_unsent(run)
+        _close(config, run_id, status, lease)
     return Finished(
         metrics=result,
         run_folder=run.uri,
-        checkpoint=f"{run.uri}/{FOLDER}/{_newest(run)}",
+        checkpoint=f"{run.uri}/{FOLDER}/{patiently(lambda: _newest(run))}",
         mlflow_run_id=run_id,
     )
+
+
+def _close(config: RunConfig, run_id: str, status: str, lease: Lease) -> None:
+    """Set the status in MLflow, unless another driver has the run: then it is that one's to set."""
+    from arvideo_dist import tracking
+    from arvideo_dist.train import outbox
+
+    try:
+        is_ours = lease.is_held()
+    except OSError as error:  # said only: how the run ended is not to be hidden by it
+        print(
+            f"{lease.guard.run_uri} does not tell whether this run is still ours: {error}\nthe status {status} of "
+            f"MLflow's run {run_id} is not set; the same command, given again, sets it",
+            flush=True,
+        )
+        return
+    if is_ours:
+        tracking.close_run(config, run_id, status)
+        outbox.say_unsent(lease.guard.storage())
 
 
 def _fit(config: RunConfig, derived: Derived, uri: str, run_id: str, lease: Lease) -> None:
@@ -178,9 +199,8 @@ def _fit(config: RunConfig, derived: Derived, uri: str, run_id: str, lease: Leas
                 try:
                     interruption = _fit_once(config, derived, uri, run_id, lease, hangs.monitor, use_gpu)
                 except (api.TrainingFailedError, ray.exceptions.RayActorError) as error:
-                    patiently(lease.guard.check)
                     cause = hangs.reason() or cause_of(error)
-                    line, pause = restarts.lost(cause, _newest(run))
+                    line, pause = restarts.lost(cause, _newest_once_the_store_answers(run, lease))
                     print(line, flush=True)
                     wait_to_restart(lease, pause)
                     continue
@@ -203,8 +223,29 @@ def _fit(config: RunConfig, derived: Derived, uri: str, run_id: str, lease: Leas
 
 def _newest(run: Storage) -> str | None:
     """The name of the newest complete checkpoint."""
-    found = patiently(lambda: complete_checkpoints(run))
+    found = complete_checkpoints(run)
     return found[-1] if found else None
+
+
+def _newest_once_the_store_answers(run: Storage, lease: Lease) -> str | None:
+    """`_newest` of a run that is still ours; waits for a store that is away, since a restart would need it too.
+
+    OSError where it stays away for _STORE_AWAY_S or where time alone does not mend it; LeaseLostError and
+    RunInterruptedError as soon as the lease is known to be lost or the run is asked to stop.
+    """
+    until, said = time.monotonic() + _STORE_AWAY_S, False
+    while True:
+        try:
+            lease.guard.check()
+            return _newest(run)
+        except OSError as error:
+            if lasts(error) or time.monotonic() + _STORE_PAUSE_S > until:
+                raise
+            if not said:
+                minutes = _STORE_AWAY_S / 60
+                print(f"new workers wait for {run.uri}, for up to {minutes:g} minutes: {error}", flush=True)
+                said = True
+        wait_to_restart(lease, _STORE_PAUSE_S)
 
 
 def _fit_once(
@@ -321,7 +362,7 @@ def _worker(payload: dict[str, Any]) -> Interruption | Stopped | None:
     config, guard = RunConfig.model_validate(payload["config"]), payload["lease"]
     if dist.get_rank() == 0:
         print(f"{dist.get_world_size()} workers have started", flush=True)
-    with Heartbeat(payload["monitor"], guard.storage(), config.run.hung_s):
+    with Heartbeat(payload["monitor"], guard.storage(), config.run.hung_s), patient_reading():
         try:
             return _train(config, payload)
         except RunStoppedError as error:  # returning is what keeps the driver from a restart

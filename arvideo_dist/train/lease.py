@@ -182,10 +182,10 @@ class Lease:
         self._wake.set()
 
     def is_held(self) -> bool:
-        """Whether no other driver has the run, as far as its storage tells."""
+        """Whether no other driver has the run. OSError where its storage does not tell for the lease time."""
         try:
             patiently(self.guard.check, self._record.lease_s)
-        except (LeaseLostError, OSError):
+        except LeaseLostError:
             return False
         return True
 
