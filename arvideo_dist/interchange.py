@@ -59,7 +59,7 @@ def load_initial_encoder(encoder: Encoder, source: str) -> str:
     try:
         has_norm = load_encoder(encoder, read_encoder(source))
     except ValueError as error:
-        raise ValueError(f"model.init_from {shown(source)}: {shown(str(error))}") from error
+        raise ValueError(f"model.init_from {shown(source)}: {shown(error)}") from error
     lack = "" if has_norm else " without a final norm, which these weights do not have"
     return f"{shown(source)} (encoder{lack})"
 

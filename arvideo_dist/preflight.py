@@ -11,7 +11,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from arvideo_dist.checks.finding import Finding, Level
+from arvideo_dist.checks.finding import Finding, Level, errors
 from arvideo_dist.config import RunConfig
 from arvideo_dist.derived import Derived, derive
 from arvideo_dist.settings import exit_with, read_config
@@ -47,6 +47,11 @@ def main(argv: list[str] | None = None) -> None:
 
     findings, uri = _driver(config)
     print(f"{len(findings)} checks on the driver done; now the workers", flush=True)
+    if not errors(findings):  # else the data may be away, which has been said
+        try:
+            derived = derive_checked(config)  # with the number of samples
+        except (ValueError, OSError) as error:
+            print(f"without the data set's size: {str(error).splitlines()[0]}", flush=True)
     findings += _workers(config, derived, uri, flags.wait)
     print(table(findings))
     print(verdict(findings), flush=True)
@@ -81,10 +86,6 @@ def _workers(config: RunConfig, derived: Derived, uri: str | None, wait_s: float
 
     from arvideo_dist.checks.workers import check_workers
 
-    try:
-        derived = derive_checked(config)  # with the number of samples, where there is a data set
-    except (ValueError, OSError) as error:
-        print(f"without the data set's size: {str(error).splitlines()[0]}", flush=True)
     try:
         connect(config)
     except Exception as error:  # Ray raises bare ones, too

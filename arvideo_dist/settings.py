@@ -182,6 +182,6 @@ def _known_keys(location: tuple[int | str, ...]) -> str:
 
 def exit_with(error: Exception, code: int) -> NoReturn:
     """End a command with the message alone: code 2 for what the user set wrong, 1 for a run that failed, 75
-    (EX_TEMPFAIL) for one that was asked to end and goes on when started again."""
+    (EX_TEMPFAIL) for one that was asked to end, or lost its storage, and goes on when started again."""
     print(f"error: {error}", file=sys.stderr)
     raise SystemExit(code)

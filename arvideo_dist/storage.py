@@ -64,7 +64,7 @@ class Storage:
             try:
                 self.fs, self.root = pafs.FileSystem.from_uri(_with_limits(uri))
             except (OSError, ValueError) as error:
-                raise ValueError(f"cannot open storage {shown(uri)!r}: {shown(str(error))}") from None
+                raise ValueError(f"cannot open storage {shown(uri)!r}: {shown(error)}") from None
             if isinstance(self.fs, pafs.S3FileSystem):
                 # One made from a URI asks a silent server for 100 s, a copy (also what arrives in another
                 # process) for 10 s: three attempts of 3 s.
@@ -258,13 +258,13 @@ def patiently(
             pause = min(2 * pause, _LONGEST_PAUSE_S)
 
 
-def shown(uri: str) -> str:
-    """`uri`, or a text with URIs, for people and logs: without the credentials that they may hold.
+def shown(text: object) -> str:
+    """`text`, a URI or an error that may name some, for people and logs: without the credentials in it.
 
     What follows a user's name and colon is secret up to the last `@`, as keys may hold slashes; so are options such
     as a signature or a client's secret.
     """
-    return _SECRET_OPTION.sub(r"\1***", _USER.sub("://***@", uri))
+    return _SECRET_OPTION.sub(r"\1***", _USER.sub("://***@", str(text)))
 
 
 def without_credentials(value: Any) -> Any:

@@ -99,14 +99,14 @@ def open_run(config: RunConfig, derived: Mapping[str, Any], folder: Storage) -> 
     except (MlflowException, requests.HTTPError, OSError) as error:
         if known is not None and not refuses(error):
             print(
-                f"MLflow at {shown(uri)} is away: {error}\nthe run goes on without it; what it logs is kept in its "
-                "folder and sent once MLflow is back",
+                f"MLflow at {shown(uri)} is away: {shown(error)}\nthe run goes on without it; what it logs is kept "
+                "in its folder and sent once MLflow is back",
                 flush=True,
             )
             return known
         raise ValueError(
-            f"MLflow at {shown(uri)}: {error}. Check tracking.uri; {folder.uri}/{RUN_FILE} names the MLflow run "
-            "that this run continues, if it exists: use another run.name to begin a new one"
+            f"MLflow at {shown(uri)}: {shown(error)}. Check tracking.uri; {folder.uri}/{RUN_FILE} names the MLflow "
+            "run that this run continues, if it exists: use another run.name to begin a new one"
         ) from error
     record = json.dumps({"mlflow_run_id": run_id, "tracking_uri": uri}).encode()
     patiently(lambda: folder.write_bytes(RUN_FILE, record))
@@ -126,7 +126,7 @@ def close_run(config: RunConfig, run_id: str, status: str) -> None:
         except (MlflowException, OSError) as error:
             if refuses(error) or time.monotonic() + _PAUSE_S > until:
                 print(
-                    f"MLflow at {shown(uri)} did not take the status {status} of its run {run_id}: {error}\n"
+                    f"MLflow at {shown(uri)} did not take the status {status} of its run {run_id}: {shown(error)}\n"
                     "the same command, given again, sets it",
                     flush=True,
                 )
@@ -224,7 +224,9 @@ def tracker_of(folder: Storage) -> Tracker:
     try:
         _client(uri).get_run(run_id)
     except MlflowException as error:
-        raise ValueError(f"MLflow at {shown(uri)}, named by {folder.uri}/{RUN_FILE}: {error}") from error
+        raise ValueError(
+            f"MLflow at {shown(uri)}, named by {folder.uri}/{RUN_FILE}: {shown(error)}"
+        ) from error
     return Tracker(uri, run_id, before_write=lambda: None)  # what is added belongs to no training step
 
 

@@ -121,7 +121,7 @@ def manifest_digests(config: RunConfig) -> list[str]:
 def _check_split(split: Split, share: tuple[int, int] | None) -> Finding:
     at = f"{split.storage.uri}, split {split.name}"
     try:
-        manifest = load_manifest(split.storage, split.name)
+        manifest = load_manifest(split.storage, split.name, patience_s=0.0)
         counted = sum(shard.samples for shard in manifest.shards)
         if not manifest.samples or counted != manifest.samples:
             return Finding(
@@ -194,7 +194,9 @@ def check_mlflow(uri: str) -> Finding:
     try:
         MlflowClient(tracking_uri=uri).search_experiments(max_results=1)
     except MlflowException as error:
-        return Finding("mlflow", Level.ERROR, f"{shown(uri)}: {error}: check tracking.uri", passing=True)
+        return Finding(
+            "mlflow", Level.ERROR, f"{shown(uri)}: {shown(error)}: check tracking.uri", passing=True
+        )
     return Finding("mlflow", Level.OK, f"{shown(uri)} answers")
 
 
@@ -231,7 +233,7 @@ def _check_server(uri: str) -> Finding:
                 "get pods -l app.kubernetes.io/name=mlflow) and that network policies let this machine through",
                 passing=True,
             )
-        return error(f"cannot be asked ({failure}): check tracking.uri")
+        return error(f"cannot be asked ({shown(failure)}): check tracking.uri")
     host = urlsplit(uri).netloc.rpartition("@")[2]
     if answer.status_code == 403 and "host header" in answer.text.lower():
         return error(

@@ -10,11 +10,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import tempfile
-from collections.abc import Iterator
-from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -30,8 +27,7 @@ from arvideo_dist.storage import Storage, lasts, patiently, sync
 
 FORMAT_VERSION = 1
 
-_WORKERS_PATIENCE_S = 180.0
-_patience_s: ContextVar[float] = ContextVar("patience_s", default=0.0)
+_PATIENCE_S = 180.0  # with a store that fails: a worker's loss costs steps
 
 INDEX_SCHEMA = pa.schema(
     [
@@ -118,22 +114,12 @@ class SampleRow:
     source: str
 
 
-@contextlib.contextmanager
-def patient_reading() -> Iterator[None]:
-    """Within the block manifests and indexes are read again while the storage fails, for three minutes.
+def load_manifest(storage: Storage, split: str, patience_s: float = _PATIENCE_S) -> DatasetManifest:
+    """Read the manifest of `split`; ValueError with the remedy where there is none or it is not ours.
 
-    For workers, whose loss costs steps. A look at whether the storage answers, as of the checks, stays quick.
+    A storage that fails is asked again for `patience_s` seconds.
     """
-    before = _patience_s.set(_WORKERS_PATIENCE_S)
-    try:
-        yield
-    finally:
-        _patience_s.reset(before)
-
-
-def load_manifest(storage: Storage, split: str) -> DatasetManifest:
-    """Read the manifest of `split`; ValueError with the remedy where there is none or it is not ours."""
-    return patiently(partial(_read_manifest, storage, split), _patience_s.get(), is_answer=lasts)
+    return patiently(partial(_read_manifest, storage, split), patience_s, is_answer=lasts)
 
 
 def _read_manifest(storage: Storage, split: str) -> DatasetManifest:
@@ -196,7 +182,7 @@ def open_index(storage: Storage, split: str, cache: Path | None = None) -> Datas
     target = cache / f"{manifest.index.sha256}.arrow"
     if not target.exists():
         make = partial(_make_arrow, storage, split, manifest.index, target)
-        patiently(make, _patience_s.get(), is_answer=lasts)
+        patiently(make, _PATIENCE_S, is_answer=lasts)
     return DatasetIndex(target)
 
 

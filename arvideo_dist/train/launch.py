@@ -17,7 +17,7 @@ import torch
 from pydantic import ValidationError
 
 from arvideo_dist.config import RunConfig
-from arvideo_dist.data.index import load_manifest, patient_reading
+from arvideo_dist.data.index import load_manifest
 from arvideo_dist.derived import Derived, derive
 from arvideo_dist.storage import Storage, lasts, patiently
 from arvideo_dist.train import changes
@@ -362,7 +362,7 @@ def _worker(payload: dict[str, Any]) -> Interruption | Stopped | None:
     config, guard = RunConfig.model_validate(payload["config"]), payload["lease"]
     if dist.get_rank() == 0:
         print(f"{dist.get_world_size()} workers have started", flush=True)
-    with Heartbeat(payload["monitor"], guard.storage(), config.run.hung_s), patient_reading():
+    with Heartbeat(payload["monitor"], guard.storage(), config.run.hung_s):
         try:
             return _train(config, payload)
         except RunStoppedError as error:  # returning is what keeps the driver from a restart

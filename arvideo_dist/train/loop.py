@@ -25,7 +25,7 @@ from arvideo_dist.derived import Derived
 from arvideo_dist.interchange import load_initial_encoder
 from arvideo_dist.model.kinds import build_model
 from arvideo_dist.picture import png
-from arvideo_dist.storage import patiently
+from arvideo_dist.storage import patiently, without_credentials
 from arvideo_dist.train import changes
 from arvideo_dist.train import checkpoint as checkpoints
 from arvideo_dist.train.activity import activity
@@ -197,7 +197,7 @@ def train(
             "failed_saves": saver.failures_in_all,
             "metrics": metrics,
             "mlflow_run_id": task.mlflow_run_id,
-            "config": config.model_dump(mode="json"),
+            "config": without_credentials(config.model_dump(mode="json")),
             "data_digests": digests,
             "precision": precision,
             "derived": asdict(derived),

@@ -26,6 +26,8 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 
+from arvideo_dist.storage import shown
+
 if TYPE_CHECKING:
     from arvideo_dist.train.lease import Guard
 
@@ -289,7 +291,7 @@ class HangWatch:
             try:
                 self._note(TAG, reason)
             except Exception as error:
-                print(f"the hang was not noted in MLflow: {error}", flush=True)
+                print(f"the hang was not noted in MLflow: {shown(error)}", flush=True)
 
     def _end_mute(self, hang: Hang) -> dict[Beat, str | None]:
         """What an autopsy found of each mute rank, whose process has ended after it."""

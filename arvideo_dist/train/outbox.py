@@ -27,7 +27,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
-from arvideo_dist.storage import Storage, patiently
+from arvideo_dist.storage import Storage, patiently, shown
 from arvideo_dist.tracking import RunStorageError, Tracker, refuses
 from arvideo_dist.train.lease import LeaseLostError
 from arvideo_dist.train.stop import RunStoppedError
@@ -286,8 +286,8 @@ class QueuedTracker:
                 elif away != _MLFLOW:
                     away = _MLFLOW
                     self._say(
-                        f"{away} is away: {failed}\nthe run goes on; what it logs is kept in {self._run.uri}/"
-                        f"{FOLDER} and sent once {away} is back"
+                        f"{away} is away: {shown(failed)}\nthe run goes on; what it logs is kept in "
+                        f"{self._run.uri}/{FOLDER} and sent once {away} is back"
                     )
                     self._keep()
                 pause = min(2 * pause or 0.5, _LONGEST_PAUSE_S)
@@ -329,7 +329,8 @@ class QueuedTracker:
             except OSError as full:
                 raise RunStorageError(str(full)) from full
             self._say(
-                f"MLflow refused an entry, which is kept in {self._run.uri}/{member} and not sent again: {error}"
+                f"MLflow refused an entry, which is kept in {self._run.uri}/{member} and not sent "
+                f"again: {shown(error)}"
             )
 
     def _keep(self) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from arvideo_dist import storage as storage_module
-from arvideo_dist.data.index import load_manifest, open_index, patient_reading
+from arvideo_dist.data.index import load_manifest, open_index
 from arvideo_dist.storage import Storage
 from tests.services.relays import CutOff
 from tests.services.s3 import S3
@@ -48,8 +48,7 @@ def test_a_store_that_fails_while_a_worker_reads_the_index_loses_no_worker(
         monkeypatch.setattr(
             storage_module.time, "sleep", lambda seconds: outage.close()
         )  # the pause after a try
-        with patient_reading():
-            index = open_index(remote, "train", tmp_path)
+        index = open_index(remote, "train", tmp_path)
     assert relay.refused
     assert len(index) == load_manifest(Storage(s3.uri(in_s3)), "train").samples
 
@@ -60,7 +59,7 @@ def test_a_look_at_a_store_that_is_away_is_answered_after_one_try(
     pauses: list[float] = []
     monkeypatch.setattr(storage_module.time, "sleep", pauses.append)
     with relay.cut(), pytest.raises(OSError, match="NETWORK_CONNECTION"):
-        load_manifest(Storage(s3.uri(in_s3, through=relay.address)), "train")
+        load_manifest(Storage(s3.uri(in_s3, through=relay.address)), "train", patience_s=0.0)
     assert pauses == []
 
 
@@ -69,6 +68,6 @@ def test_a_missing_manifest_is_an_answer_also_to_the_patient(
 ) -> None:
     pauses: list[float] = []
     monkeypatch.setattr(storage_module.time, "sleep", pauses.append)
-    with patient_reading(), pytest.raises(ValueError, match="splits found there: train"):
+    with pytest.raises(ValueError, match="splits found there: train"):
         load_manifest(Storage(s3.uri(in_s3)), "absent")
     assert pauses == []
