@@ -13,6 +13,7 @@ import ray.train
 
 from arvideo_dist import tracking
 from arvideo_dist.config import RunConfig
+from arvideo_dist.data import index
 from arvideo_dist.derived import derive
 from arvideo_dist.pretrain import main
 from arvideo_dist.storage import Storage
@@ -174,8 +175,13 @@ def test_what_time_does_not_mend_is_not_waited_for(config: RunConfig, request: p
 
 
 def test_a_store_that_stays_away_ends_the_command_with_one_line_and_the_code_for_the_same_command(
-    s3: S3, bucket: str, relay: CutOff, capsys: pytest.CaptureFixture[str]
+    s3: S3,
+    bucket: str,
+    relay: CutOff,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(index, "patiently", lambda action, *_, **__: action())  # three minutes of patience
     with relay.cut(), pytest.raises(SystemExit) as ended:
         main(["--dry-run", "--data.path", s3.uri(f"{bucket}/set", through=relay.address)])
     assert ended.value.code == 75
