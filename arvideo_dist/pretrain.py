@@ -13,7 +13,7 @@ from arvideo_dist.checks.start import check_driver
 from arvideo_dist.config import RunConfig
 from arvideo_dist.derived import Derived, derive
 from arvideo_dist.settings import exit_with, read_config
-from arvideo_dist.storage import lasts
+from arvideo_dist.storage import lasts, shown
 from arvideo_dist.train.launch import (
     Finished,
     check_initial_weights,
@@ -59,7 +59,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def _exit_with_failed_storage(error: OSError) -> NoReturn:
     """A store, or whatever else the run reaches through the network, failed for longer than anybody waits."""
-    text = " ".join(str(error).split())
+    text = " ".join(shown(error).split())
     if lasts(error):  # to start again by itself would meet the same
         exit_with(
             OSError(f"storage or network failed: {text}; mend that, then the same command continues"), 1
