@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import torch
@@ -63,3 +64,20 @@ def test_an_attempt_that_was_killed_before_it_began_changes_nothing(tmp_path: Pa
     run.write_bytes("audit/00000001-0001/rank-00000.jsonl", b'{"step": 1, "places": [[0, 3]]}\n')
     (tmp_path / "audit/00000001-0002").mkdir()
     assert applied_places(run) == {1: [0, 1, 2]}
+
+
+def _attempts_after_a_gap(guard: Guard) -> None:
+    control = dist.group.WORLD
+    assert control is not None
+    folder = f"{guard.storage().path('audit')}/{guard.generation:08d}"
+    Path(f"{folder}-0003").mkdir(parents=True)  # of 1 and 2 the storage took nothing
+    audit = Audit(guard, 4, control)
+    audit.go_back(2)
+    assert json.loads(Path(f"{folder}-0004/start.json").read_text())["start_step"] == 4
+    assert json.loads(Path(f"{folder}-0005/start.json").read_text())["start_step"] == 2
+
+
+def test_an_attempt_is_numbered_after_every_earlier_one_though_some_left_nothing(tmp_path: Path) -> None:
+    with acquire(Storage(str(tmp_path / "run")), lease_s=600) as lease:
+        run_ranks(1, _attempts_after_a_gap, lease.guard)
+    assert len(list((tmp_path / "run/audit").iterdir())) == 3
