@@ -43,7 +43,9 @@ class RunConfigSection(Section):
     )
     keep_last: PositiveInt = Field(2, description="newest complete checkpoints kept; older ones are deleted")
     keep_every: PositiveInt | None = Field(
-        None, description="checkpoints of steps that this divides are made and kept for good; null: none"
+        None,
+        description="checkpoints of steps that this divides are made and kept for good, in place of one that fails "
+        "the next; null: none",
     )
     max_failed_saves: PositiveInt = Field(
         3,
@@ -61,7 +63,8 @@ class RunConfigSection(Section):
         ge=5,
         description="seconds without progress of any rank after which the run counts as hung: the stacks of all "
         "ranks are kept and the workers start again; must be longer than the longest honest pause between two "
-        "signs of progress (a micro batch, a batch of the validation, a piece of a checkpoint, data.hung_worker_s)",
+        "signs of progress (a micro batch, a batch of the validation, a piece of a checkpoint, data.hung_worker_s, "
+        "the three minutes for which a request to storage is repeated)",
     )
     lease_s: float = Field(
         60.0,

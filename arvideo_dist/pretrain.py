@@ -48,7 +48,9 @@ def main(argv: list[str] | None = None) -> None:
             finished = launch(config, derived, lease)
     except ValueError as error:
         exit_with(error, 2)
-    except (RunStoppedError, CrashLoopError, LeaseLostError) as error:
+    except RunStoppedError as error:
+        exit_with(error, os.EX_TEMPFAIL if error.passing else 1)
+    except (CrashLoopError, LeaseLostError) as error:
         exit_with(error, 1)
     except RunInterruptedError as error:
         exit_with(error, os.EX_TEMPFAIL)

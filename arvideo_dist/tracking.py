@@ -8,6 +8,7 @@ key, step, time and value for the one that it has (primary key of its table `met
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -92,10 +93,15 @@ def open_run(config: RunConfig, derived: Mapping[str, Any], folder: Storage) -> 
         run_id = client.create_run(
             _experiment_id(client, config), run_name=config.run.name, tags={"arvideo.run": folder.uri}
         ).info.run_id
-        _log_parameters(client, run_id, config)
-        resolved = without_credentials(config.model_dump(mode="json"))
-        client.log_text(run_id, yaml.safe_dump(resolved, sort_keys=False), "config.yaml")
-        client.log_dict(run_id, dict(derived), "derived.json")
+        try:
+            _log_parameters(client, run_id, config)
+            resolved = without_credentials(config.model_dump(mode="json"))
+            client.log_text(run_id, yaml.safe_dump(resolved, sort_keys=False), "config.yaml")
+            client.log_dict(run_id, dict(derived), "derived.json")
+        except Exception:  # the next start makes another one
+            with contextlib.suppress(Exception):
+                client.delete_run(run_id)
+            raise
     except (MlflowException, requests.HTTPError, OSError) as error:
         if known is not None and not refuses(error):
             print(

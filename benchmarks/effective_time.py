@@ -4,8 +4,8 @@
         --steps GPU.json --json PATH
 
 SAVES.json     `python -m arvideo_dist.benchmark checkpoint --json`: extra time of a save and how long until it is
-               whole. Each file is a scenario: what a save costs goes by a rank's share of the state, which is all
-               of it for one rank and a thousandth for each of a thousand
+               whole. Each file has its own scenarios: what a save costs goes by a rank's share of the state, which
+               is all of it for one rank and a thousandth for each of a thousand
 RESTARTS.json  `python -m arvideo_dist.benchmark restart --json`: from a killed worker to the next applied step
 GPU.json       `benchmarks/gpu_check.py`: seconds of a ViT-B step
 
@@ -136,14 +136,14 @@ def main(argv: list[str] | None = None) -> None:
     scenarios = {}
     hard = next(iter(NODE_MTBF_S))
     for checkpoint in flags.checkpoint:
-        share = f"{_read(checkpoint)['state_gb']:.3f} GB of state a rank"
+        saves = f"{checkpoint.name}, {_read(checkpoint)['state_gb']:.3f} GB of state a rank"
         usual, cautious = measured(checkpoint, flags.restart, flags.steps, flags.method)
         cases = [(name, usual, mtbf_s) for name, mtbf_s in NODE_MTBF_S.items()]
         cases.append((f"{hard}, costs two standard errors higher", cautious, NODE_MTBF_S[hard]))
         for name, costs, node_mtbf_s in cases:
             result = scenario(costs, failures_every(node_mtbf_s, flags.nodes), flags.goal)
-            scenarios[f"{name}, {share}"] = result
-            show(f"{name}, {share}", result)
+            scenarios[f"{name}, {saves}"] = result
+            show(f"{name}, {saves}", result)
     configuration = {
         "method": flags.method,
         "nodes": flags.nodes,

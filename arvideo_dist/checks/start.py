@@ -26,30 +26,36 @@ from arvideo_dist.train.stop import RunStoppedError
 _T = TypeVar("_T")
 
 _STORAGE_BYTES = 4096
-_LOCAL = {"device", "/dev/shm", "disk"}  # what may stop a run that has begun: a restart meets the same
+# What may stop a run that has begun: a restart meets the same.
+_LOCAL = {"device", "/dev/shm", "disk", "storage shared"}
 
 
 def check_driver(config: RunConfig) -> None:
     """Data set, storage and tracking server from here; ValueError says what is to be mended.
 
     In this order: nothing is written for a run whose data set is not there. A fault that may pass is tried again
-    for some seconds. Without its tracking server a run that has one already goes on.
+    for some seconds; where a run that has begun meets nothing else, OSError is raised instead. Without its
+    tracking server such a run goes on.
     """
-    _stop_at_errors(retried(lambda: check_data(config), _say))
-    _stop_at_errors(retried(lambda: [check_storage(config, _STORAGE_BYTES)], _say))
+    run = Storage(config.run.storage_path).child(config.run.name)
+    _stop_at_errors(retried(lambda: check_data(config), _say), run)
+    _stop_at_errors(retried(lambda: [check_storage(config, _STORAGE_BYTES)], _say), run)
     from arvideo_dist.tracking import RUN_FILE, tracking_uri  # imports MLflow, which takes seconds
 
     uri = tracking_uri(config)
-    if Storage(config.run.storage_path).child(config.run.name).exists(RUN_FILE):
-        _stop_at_errors([check_mlflow(uri).softened()])
+    if run.exists(RUN_FILE):
+        _stop_at_errors([check_mlflow(uri).softened()], run)
     else:
-        _stop_at_errors(retried(lambda: [check_mlflow(uri)], _say))
+        _stop_at_errors(retried(lambda: [check_mlflow(uri)], _say), run)
 
 
-def _stop_at_errors(findings: Sequence[Finding]) -> None:
+def _stop_at_errors(findings: Sequence[Finding], run: Storage) -> None:
     _say_warnings(findings)
     if found := errors(findings):
-        raise ValueError(_listed("the run cannot start", found))
+        message = _listed("the run cannot start", found)
+        if all(finding.passing for finding in found) and not _is_new(run):
+            raise OSError(message)
+        raise ValueError(message)
 
 
 def check_workers_start(

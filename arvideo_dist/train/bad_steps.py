@@ -4,7 +4,7 @@
 
 A bad step raises step and position, and nothing else: weights, moments and the optimiser's step count are as if it
 had not been. After `train.max_bad_steps` of them in a row the weights are suspected as well. Then the run stops, or
-it goes back to the weights of its newest whole checkpoint while step and position go on past the samples at fault.
+it goes back to the weights of its newest good checkpoint while step and position go on past the samples at fault.
 What was learned since that checkpoint is given up; the audit counts it as lost.
 """
 
@@ -24,7 +24,7 @@ from arvideo_dist.config import TrainConfig
 from arvideo_dist.data.loader import Batch
 from arvideo_dist.storage import Storage
 from arvideo_dist.train.checkpoint import FOLDER as CHECKPOINTS
-from arvideo_dist.train.checkpoint import open_newest_whole, step_of
+from arvideo_dist.train.checkpoint import Checkpoint, open_newest_whole, step_of
 from arvideo_dist.train.deferred import DeferredWrites
 from arvideo_dist.train.engine import Engine
 from arvideo_dist.train.stop import RunStoppedError
@@ -95,6 +95,13 @@ class BadSteps:
         """Whether the run must `go_back` before its next step."""
         return self._in_a_row >= self._options.max_bad_steps
 
+    def repeats(self, step: int) -> int:
+        """How many of the newest checkpoints, the one of `step` being the last, hold an older one's weights again:
+        those made right after rollbacks."""
+        if not self._rollbacks or self._rollbacks[-1]["step"] != step:
+            return 0
+        return self._rollbacks_to_same_weights()
+
     def good(self) -> None:
         """The step was applied."""
         self._in_a_row = 0
@@ -113,7 +120,10 @@ class BadSteps:
             )
 
     def go_back(self, step: int, engine: Engine) -> int:
-        """Collective. Give `engine` the weights and moments of the newest whole checkpoint; returns its step.
+        """Collective. Give `engine` the weights and moments of the newest good checkpoint; returns its step.
+
+        Good is one that is whole and was not made directly after a bad step, by a run told to leave: its weights
+        are those that are suspected.
 
         Call it after step `step` where `too_many`, with no save in flight, and save right after: later restarts
         begin behind the rollback then. Raises RunStoppedError on all ranks where the configuration or reason
@@ -141,7 +151,7 @@ class BadSteps:
                 f"{number}, and the run has gone back {_MAX_ROLLBACKS_TO_SAME_WEIGHTS} times without a checkpoint "
                 f"of newer weights in between. {listed}. {remedy}"
             )
-        checkpoint = open_newest_whole(self._run, self._control)
+        checkpoint = open_newest_whole(self._run, self._control, _followed_a_good_step)
         if checkpoint is None:
             raise RunStoppedError(
                 f"{number}, and there is no checkpoint to go back to. {listed}. Check optim.base_lr, "
@@ -210,3 +220,8 @@ class BadSteps:
         )
         if self._tracker is not None:
             self._tracker.log_bytes(name, content)
+
+
+def _followed_a_good_step(checkpoint: Checkpoint) -> bool:
+    listed = checkpoint.state.get("bad_steps")
+    return not listed or listed["in_a_row"] == 0

@@ -15,7 +15,8 @@ import functools
 import hashlib
 import json
 import re
-from collections.abc import Iterable
+import socket
+from collections.abc import Callable, Iterable
 from importlib import metadata
 from typing import Any
 
@@ -42,6 +43,11 @@ _NAME = re.compile(r"step-\d{8}")
 
 class CheckpointError(RuntimeError):
     """A checkpoint could not be written, or what is there is damaged; the message says what and where."""
+
+    def __init__(self, message: str, *, passing: bool = False) -> None:
+        """`passing`: time alone may mend it, as where a store does not answer."""
+        super().__init__(message)
+        self.passing = passing
 
 
 class FragmentEntry(BaseModel):
@@ -92,14 +98,16 @@ def discard(run: Storage, name: str) -> None:
 def retain(run: Storage, newest: str, keep_last: int, keep_every: int | None) -> None:
     """The one place that decides which checkpoints are deleted, called when `newest` has been written.
 
-    Kept are the newest `keep_last` complete ones and, for good, those of steps that `keep_every` divides. What
-    stands for a later step is damaged, else the run had continued from it; it goes, as do the leftovers of
-    killed saves. Other names are left alone.
+    Kept are the newest `keep_last` complete ones and, for good, the first one of each `keep_every` steps: that of
+    a step that it divides or, where the save at that step failed or was put off, the next one. What stands for a
+    later step is damaged, else the run had continued from it; it goes, as do the leftovers of killed saves. Other
+    names are left alone.
     """
     complete = [name for name in complete_checkpoints(run) if name <= newest]
     kept = complete[-keep_last:]
     if keep_every is not None:
-        kept += [name for name in complete if step_of(name) % keep_every == 0]
+        firsts = {step_of(name) // keep_every: name for name in reversed(complete)}
+        kept += [name for number, name in firsts.items() if number > 0]
     for name in _names(run):
         if name not in kept:
             discard(run, name)
@@ -206,32 +214,40 @@ class Checkpoint:
         read_slices(self._run, slices)
 
 
-def open_newest_whole(run: Storage, control: dist.ProcessGroup) -> Checkpoint | None:
+def open_newest_whole(
+    run: Storage, control: dist.ProcessGroup, is_wanted: Callable[[Checkpoint], bool] = lambda found: True
+) -> Checkpoint | None:
     """Collective: the newest checkpoint whose content is what its manifest says, the same on all ranks.
 
-    The ranks verify the parts in turn. A damaged checkpoint is named and the one before it is tried. None
-    where the run has no checkpoint yet; RunStoppedError where it has some and all are damaged.
+    The ranks verify the parts in turn. A damaged checkpoint is named and the one before it is tried; one that
+    is not wanted is passed over. None where the run has no wanted checkpoint; RunStoppedError where it has some
+    and all are damaged.
     """
     rank, world_size = dist.get_rank(), dist.get_world_size()
     listed = [patiently(lambda: complete_checkpoints(run)) if rank == 0 else []]
     dist.broadcast_object_list(listed, src=0, group=control)
+    damaged: list[str] = []
     for name in reversed(listed[0]):
         fault = None
         try:
             found = patiently(functools.partial(Checkpoint, run, name))
             patiently(functools.partial(found.verify, found.manifest.parts[rank::world_size]))
         except (CheckpointError, ValidationError, FileNotFoundError) as error:
-            fault = str(error)
+            fault = f"{error} (rank {rank} on {socket.gethostname()})"
         faults: list[str | None] = [None] * world_size
         dist.all_gather_object(faults, fault, group=control)
         if not any(faults):
-            return found
+            if is_wanted(found):
+                return found
+            continue
+        damaged.append(next(filter(None, faults)))
         if rank == 0:
-            print(f"not used, the one before it is tried: {next(filter(None, faults))}", flush=True)
-    if listed[0]:
+            print(f"not used, the one before it is tried: {damaged[-1]}", flush=True)
+    if listed[0] and len(damaged) == len(listed[0]):
         raise RunStoppedError(
-            f"all checkpoints in {run.uri}/{FOLDER} are damaged ({', '.join(listed[0])}): restore one from a "
-            "copy, or set another run.name to begin anew"
+            f"all checkpoints in {run.uri}/{FOLDER} are damaged, the newest: {damaged[0]}. If that machine has "
+            "lost the storage, mend that, and the same command continues; else restore a checkpoint from a copy, "
+            "or set another run.name to begin anew"
         )
     return None
 

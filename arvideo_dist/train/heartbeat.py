@@ -16,6 +16,7 @@ import torch.distributed as dist
 from arvideo_dist import stacks
 from arvideo_dist.storage import Storage
 from arvideo_dist.train.activity import activity
+from arvideo_dist.train.lease import process_identity
 from arvideo_dist.train.monitor import Beat, Order, seconds_between_beats
 
 _WRITE_S = 20.0  # for the stacks: the store itself may be what hangs
@@ -51,7 +52,7 @@ class Heartbeat:
             "node": ray.get_runtime_context().get_node_id(),
             "host": socket.gethostname(),
             "pid": me.pid,
-            "created": me.create_time(),
+            "process": process_identity(me.pid),
         }
         self._every = seconds_between_beats(hung_s)
         self._heard = True

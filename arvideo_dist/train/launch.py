@@ -17,9 +17,9 @@ import torch
 from pydantic import ValidationError
 
 from arvideo_dist.config import RunConfig
-from arvideo_dist.data.index import load_manifest
+from arvideo_dist.data.index import load_manifest, manifest_name
 from arvideo_dist.derived import Derived, derive
-from arvideo_dist.storage import Storage, lasts, patiently
+from arvideo_dist.storage import Storage, lasts, patiently, shown
 from arvideo_dist.train import changes
 from arvideo_dist.train.activity import activity
 from arvideo_dist.train.checkpoint import FOLDER, Checkpoint, CheckpointError, complete_checkpoints
@@ -31,7 +31,7 @@ from arvideo_dist.train.monitor import HangWatch
 from arvideo_dist.train.preemption import stop_on_sigterm, wait_to_restart, wait_until_gone
 from arvideo_dist.train.stop import RESULT, Interruption, RunInterruptedError, RunStoppedError, Stopped
 
-# How long lost workers' successors wait for the run's store, and between two looks at it.
+# How long lost workers' successors wait for the stores of run and data, and between two looks at it.
 _STORE_AWAY_S = 3600.0
 _STORE_PAUSE_S = 5.0
 
@@ -200,7 +200,7 @@ def _fit(config: RunConfig, derived: Derived, uri: str, run_id: str, lease: Leas
                     interruption = _fit_once(config, derived, uri, run_id, lease, hangs.monitor, use_gpu)
                 except (api.TrainingFailedError, ray.exceptions.RayActorError) as error:
                     cause = hangs.reason() or cause_of(error)
-                    line, pause = restarts.lost(cause, _newest_once_the_store_answers(run, lease))
+                    line, pause = restarts.lost(cause, _newest_once_stores_answer(config, lease))
                     print(line, flush=True)
                     wait_to_restart(lease, pause)
                     continue
@@ -227,23 +227,30 @@ def _newest(run: Storage) -> str | None:
     return found[-1] if found else None
 
 
-def _newest_once_the_store_answers(run: Storage, lease: Lease) -> str | None:
-    """`_newest` of a run that is still ours; waits for a store that is away, since a restart would need it too.
+def _newest_once_stores_answer(config: RunConfig, lease: Lease) -> str | None:
+    """`_newest` of a run that is still ours; waits for a store of run or data that is away, since a restart would
+    need it too.
 
     OSError where it stays away for _STORE_AWAY_S or where time alone does not mend it; LeaseLostError and
     RunInterruptedError as soon as the lease is known to be lost or the run is asked to stop.
     """
-    until, said = time.monotonic() + _STORE_AWAY_S, False
+    run, until, said = run_folder(config), time.monotonic() + _STORE_AWAY_S, False
     while True:
         try:
             lease.guard.check()
-            return _newest(run)
+            newest = _newest(run)
+            for source in training_sources(config.data):
+                if not source.storage.exists(name := manifest_name(source.split)):
+                    raise OSError(f"{source.storage.uri} has no {name} any more: is its mount there?")
+            return newest
         except OSError as error:
             if lasts(error) or time.monotonic() + _STORE_PAUSE_S > until:
                 raise
             if not said:
                 minutes = _STORE_AWAY_S / 60
-                print(f"new workers wait for {run.uri}, for up to {minutes:g} minutes: {error}", flush=True)
+                print(
+                    f"new workers wait for storage, for up to {minutes:g} minutes: {shown(error)}", flush=True
+                )
                 said = True
         wait_to_restart(lease, _STORE_PAUSE_S)
 
@@ -288,7 +295,7 @@ def _fit_once(
     )
     result = trainer.fit().return_value
     if isinstance(result, Stopped):
-        raise RunStoppedError(result.reason)
+        raise RunStoppedError(result.reason, passing=result.passing)
     return result
 
 
@@ -366,7 +373,7 @@ def _worker(payload: dict[str, Any]) -> Interruption | Stopped | None:
         try:
             return _train(config, payload)
         except RunStoppedError as error:  # returning is what keeps the driver from a restart
-            return Stopped(str(error))
+            return Stopped(str(error), error.passing)
 
 
 def _train(config: RunConfig, payload: dict[str, Any]) -> Interruption | None:

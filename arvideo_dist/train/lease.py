@@ -65,7 +65,7 @@ class Holder(BaseModel):
     def this_process(cls) -> Holder:
         pid = os.getpid()
         job = os.environ.get("RAY_JOB_SUBMISSION_ID")
-        return cls(host=socket.gethostname(), pid=pid, job=job, process=_process_identity(pid))
+        return cls(host=socket.gethostname(), pid=pid, job=job, process=process_identity(pid))
 
     def __str__(self) -> str:
         job = f", Ray job {self.job}" if self.job else ""
@@ -73,7 +73,7 @@ class Holder(BaseModel):
 
     def has_ended(self) -> bool:
         """Whether the process is known to exist no more; False where this machine cannot know."""
-        mine = _process_identity(os.getpid())
+        mine = process_identity(os.getpid())
         if self.process is None or mine is None or _namespace(mine) != _namespace(self.process):
             return False
         try:
@@ -82,7 +82,7 @@ class Holder(BaseModel):
             return True
         except PermissionError:
             return False
-        return _process_identity(self.pid) not in (None, self.process)  # the PID was given out again
+        return process_identity(self.pid) not in (None, self.process)  # the PID was given out again
 
 
 class Record(BaseModel):
@@ -296,7 +296,9 @@ def _read(run: Storage, name: str) -> Record | None:
     raise AssertionError("the last try returns or raises")
 
 
-def _process_identity(pid: int) -> str | None:
+def process_identity(pid: int) -> str | None:
+    """What no other process of any machine has, though PIDs are given out again and clocks are set; None where this
+    system does not tell."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         namespace = os.stat("/proc/self/ns/pid").st_ino

@@ -203,7 +203,7 @@ def train(
             "derived": asdict(derived),
             "versions": checkpoints.versions(),
         }
-        saver.request(step, state)
+        saver.request(step, state, repeats=bad_steps.repeats(step))
 
     batches = iter(train_loader)
     meter = Meter(device, control)

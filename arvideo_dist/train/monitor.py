@@ -52,7 +52,7 @@ class Beat:
     node: str  # Ray's id
     host: str
     pid: int
-    created: float  # the process, in UNIX time: what makes the PID unique
+    process: str | None  # `process_identity`: what makes the PID unique
     step: int  # optimiser steps done
     phase: str
     together: bool  # the phase needs the other ranks
@@ -212,14 +212,15 @@ class Monitor:
                 return replace(hang, folder=folder)
 
 
-def autopsy(pid: int, created: float) -> str | None:
+def autopsy(pid: int, identity: str | None) -> str | None:
     """Runs on the node of a rank that is mute: its state and stacks, then the process is killed; None where it had
     ended before."""
     from arvideo_dist import stacks
+    from arvideo_dist.train.lease import process_identity
 
     try:
         process = psutil.Process(pid)
-        if abs(process.create_time() - created) > 1:
+        if process_identity(pid) != identity:
             return None
         found = stacks.of_tree(pid)
         process.send_signal(signal.SIGKILL)
@@ -299,7 +300,7 @@ class HangWatch:
 
         tasks = {
             ray.remote(num_cpus=0, max_retries=0, scheduling_strategy=_on(beat.node))(autopsy).remote(
-                beat.pid, beat.created
+                beat.pid, beat.process
             ): beat
             for beat in hang.mute
         }
@@ -313,6 +314,8 @@ class HangWatch:
                 continue
             try:
                 found[beat] = ray.get(task)
+            except ray.exceptions.RayTaskError as error:
+                found[beat] = f"its process may not have ended: {error}\n"
             except ray.exceptions.RayError:  # Ray knows that the node is gone
                 found[beat] = None
         return found

@@ -29,6 +29,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
 from arvideo_dist.storage import Storage, patiently, shown
 from arvideo_dist.tracking import RunStorageError, Tracker, refuses
+from arvideo_dist.train.activity import activity
 from arvideo_dist.train.lease import LeaseLostError
 from arvideo_dist.train.stop import RunStoppedError
 
@@ -179,12 +180,18 @@ class QueuedTracker:
 
     def finish(self, drain_s: float = _DRAIN_S) -> None:
         """Wait up to `drain_s` seconds until all is sent; what is left then is kept in the run's folder."""
-        with self._changed:
-            self._changed.wait_for(lambda: not (self._points or self._files) or self._ended.is_set(), drain_s)
+        self._await_sent(drain_s)
         self._end()
         self._keep_rest(drain_s)
         self._thread.join(1.0)  # one that waits for an answer is left to its fate: all is kept
         self._delete_sent()
+
+    def _await_sent(self, seconds: float) -> None:
+        until = time.monotonic() + seconds
+        with self._changed:
+            while (self._points or self._files) and not self._ended.is_set() and time.monotonic() < until:
+                activity.tick()  # MLflow that is away is no hang
+                self._changed.wait(min(1.0, seconds))
 
     def leave(self) -> None:
         """As `finish`, of a process that may be killed soon: all is kept first, then MLflow gets a few seconds."""

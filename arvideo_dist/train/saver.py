@@ -37,7 +37,7 @@ import torch.distributed as dist
 
 from arvideo_dist.config import RunConfigSection
 from arvideo_dist.data.index import FileEntry
-from arvideo_dist.storage import Storage
+from arvideo_dist.storage import Storage, lasts
 from arvideo_dist.train import zero_state
 from arvideo_dist.train.activity import activity
 from arvideo_dist.train.checkpoint import (
@@ -137,12 +137,13 @@ class Saver:
         minutes = self._options.checkpoint_every_minutes
         return minutes is not None and time.monotonic() - self._requested_at >= 60 * minutes
 
-    def request(self, step: int, state: dict[str, Any]) -> None:
+    def request(self, step: int, state: dict[str, Any], repeats: int = 0) -> None:
         """Begin to save the state as it is after `step`; waits first where the save before is not yet done, and
         leaves it where that one failed and the pause after it is not over.
 
-        `state`: JSON content kept beside the tensors. Raises RunStoppedError, on all ranks, where the save before
-        was the last of `max_failed_saves` in a row.
+        `state`: JSON content kept beside the tensors. `repeats`: how many of the newest checkpoints, this one
+        among them, hold an older one's weights; they take no place of `keep_last`. Raises RunStoppedError, on all
+        ranks, where the save before was the last of `max_failed_saves` in a row.
         """
         self._outcome()
         if self._failures:  # the same on all ranks once their threads have ended; their clocks are not
@@ -156,7 +157,7 @@ class Saver:
         content = json.dumps(state, indent=1).encode()
         self._snapshot.begin()
         self._thread = threading.Thread(
-            target=self._save, args=(step, content), name=f"save-{step}", daemon=True
+            target=self._save, args=(step, content, repeats), name=f"save-{step}", daemon=True
         )
         self._thread.start()
 
@@ -202,7 +203,8 @@ class Saver:
             raise RunStoppedError(
                 f"{self._failures} saves in a row failed (run.max_failed_saves); the last one: {failure}. Mend the "
                 f"storage (free space, rights, is the store up?); the same command goes on from step "
-                f"{self._last_saved}"
+                f"{self._last_saved}",
+                passing=failure.passing,
             ) from failure
         return failure
 
@@ -212,14 +214,14 @@ class Saver:
 
     # From here on: the background thread.
 
-    def _save(self, step: int, state: bytes) -> None:
+    def _save(self, step: int, state: bytes, repeats: int) -> None:
         try:
             _lower_priority()
             if (
                 self._engine.device.type == "cuda"
             ):  # a new thread's is the first, where it would make a context
                 torch.cuda.set_device(self._engine.device)
-            self._write(step, state)
+            self._write(step, state, repeats)
         except CheckpointError as error:
             self._failures += 1
             self.failures_in_all += 1
@@ -245,7 +247,7 @@ class Saver:
         self._say(f"step {step}  the save failed ({tries}): {error}")
         self._report(step, self._failures, str(error))
 
-    def _write(self, step: int, state: bytes) -> None:
+    def _write(self, step: int, state: bytes, repeats: int) -> None:
         name = checkpoint_name(step)
         folder = f"{FOLDER}/{name}"
 
@@ -260,7 +262,7 @@ class Saver:
             if self._rank == 0:
                 self._publish(folder, written, state)
                 self._say(f"step {step}  checkpoint {name} is complete")
-                self._retain(name)
+                self._retain(name, self._options.keep_last + repeats)
 
         def write() -> tuple[FileEntry, list[FragmentEntry]]:
             self._flush()
@@ -272,9 +274,9 @@ class Saver:
         written = self._together(folder, write)
         self._together(folder, publish)
 
-    def _retain(self, name: str) -> None:
+    def _retain(self, name: str, keep_last: int) -> None:
         try:
-            retain(self._run, name, self._options.keep_last, self._options.keep_every)
+            retain(self._run, name, keep_last, self._options.keep_every)
         except (
             OSError
         ) as error:  # the checkpoint itself is whole, and the next one's turn comes for these too
@@ -291,7 +293,9 @@ class Saver:
         except (RunStoppedError, LeaseLostError) as error:
             outcome = None, RunStoppedError(str(error))
         except Exception as error:
-            outcome = None, f"rank {self._rank}: {type(error).__name__}: {error}"
+            passing = isinstance(error, OSError) and not lasts(error)
+            told = f"rank {self._rank}: {type(error).__name__}: {error}"
+            outcome = None, CheckpointError(told, passing=passing)
         outcomes: list[Any] = [None] * self._world_size
         dist.all_gather_object(outcomes, outcome, group=self._group)
         failures = [failure for _, failure in outcomes if failure is not None]
@@ -299,10 +303,13 @@ class Saver:
             if isinstance(failure, RunStoppedError):
                 raise failure
         if failures:
-            told = "; ".join(failures[:_TOLD]) + (
-                f"; {len(failures)} ranks in all" if failures[_TOLD:] else ""
+            told = "; ".join(str(failure) for failure in failures[:_TOLD])
+            if failures[_TOLD:]:
+                told += f"; {len(failures)} ranks in all"
+            raise CheckpointError(
+                f"save of {self._run.uri}/{folder} failed: {told}",
+                passing=all(failure.passing for failure in failures),
             )
-            raise CheckpointError(f"save of {self._run.uri}/{folder} failed: {told}")
         return [result for result, _ in outcomes]
 
     def _publish(

@@ -13,12 +13,18 @@ class RunStoppedError(RuntimeError):
     Anything else that a worker raises is taken for a fault of its machine and restarts the workers.
     """
 
+    def __init__(self, message: str, *, passing: bool = False) -> None:
+        """`passing`: later the same command may find it gone, without anybody's help."""
+        super().__init__(message)
+        self.passing = passing
+
 
 @dataclass(frozen=True)
 class Stopped:
     """What a worker leaves to the driver where it raised RunStoppedError."""
 
     reason: str
+    passing: bool
 
 
 class CrashLoopError(RuntimeError):

@@ -25,12 +25,23 @@ def script() -> ModuleType:
     return module
 
 
-def _run(script: ModuleType, folder: Path, extra_s: list[float], restart_s: list[float]) -> dict[str, Any]:
+def _run(
+    script: ModuleType,
+    folder: Path,
+    extra_s: list[float],
+    restart_s: list[float],
+    more: list[str] | None = None,
+) -> dict[str, Any]:
     saves = [{"asynchronous_extra_s": extra, "request_s": 0.01, "visible_s": 20.0} for extra in extra_s]
     (folder / "save.json").write_text(json.dumps({"cpu": "some CPU", "state_gb": 1.2, "rounds": saves}))
     restarts = [{"total_s": seconds} for seconds in restart_s]
     (folder / "restart.json").write_text(json.dumps({"rounds": restarts}))
-    files = ["--checkpoint", str(folder / "save.json"), "--restart", str(folder / "restart.json")]
+    files = [
+        *(more or ["--checkpoint"]),
+        str(folder / "save.json"),
+        "--restart",
+        str(folder / "restart.json"),
+    ]
     files += ["--steps", str(ROOT / "benchmarks/results/gpu-2026-11-22.json")]
     script.main([*files, "--json", str(folder / "out.json")])
     result: dict[str, Any] = json.loads((folder / "out.json").read_text())
@@ -65,6 +76,16 @@ def test_goal_follows_from_every_measured_round(
         assert row["simulated"]["effective"] == pytest.approx(row["closed_form"]["effective"], abs=1e-3)
     assert report["configuration"]["sources"][2]["gpu"] == "NVIDIA H100 80GB HBM3"
     assert "goal 99%: missed" in capsys.readouterr().out
+
+
+def test_every_file_of_saves_has_its_own_scenarios(script: ModuleType, tmp_path: Path) -> None:
+    _run(script, tmp_path, extra_s=[0.2, 0.2], restart_s=[20.0, 40.0])
+    (tmp_path / "save.json").rename(tmp_path / "older.json")
+    older = ["--checkpoint", str(tmp_path / "older.json")]
+    report = _run(script, tmp_path, extra_s=[0.8, 0.8], restart_s=[20.0, 40.0], more=older)
+    costs = {name: result["costs"]["save_extra_s"] for name, result in report["scenarios"].items()}
+    assert sorted(costs.values()) == [0.2] * 3 + [0.8] * 3
+    assert all(("older.json" in name) == (extra_s == 0.2) for name, extra_s in costs.items())
 
 
 def test_save_costs_at_least_the_time_for_which_the_step_loop_stands_still(

@@ -112,12 +112,38 @@ def test_fault_of_one_machine_stops_all_ranks_with_its_name(folder: Path, with_c
     assert "rank 0" not in first
 
 
-def test_storage_stops_a_new_run_only(folder: Path) -> None:
-    """A file of the lease that this node does not see stands for storage that is not there."""
+@pytest.mark.parametrize("with_checkpoint", [False, True])
+def test_storage_that_a_node_does_not_see_stops_every_run(folder: Path, with_checkpoint: bool) -> None:
+    """Else what it looks for there, such as a checkpoint, would count as lost."""
     config = _config(folder)
     elsewhere = Guard(str(folder / "elsewhere"), _guard(config, with_checkpoint=False).name)
+    if with_checkpoint:
+        Storage(elsewhere.run_uri).write_bytes(f"{FOLDER}/step-00000001/{MANIFEST}", b"{}")
     stopped = run_ranks(2, _start_ranks, config, elsewhere, None)
     assert "storage shared (rank 0 on" in stopped[0]
     assert "which the driver wrote: run.storage_path must be the same" in stopped[1]
-    Storage(elsewhere.run_uri).write_bytes(f"{FOLDER}/step-00000001/{MANIFEST}", b"{}")
-    assert run_ranks(2, _start_ranks, config, elsewhere, None) == ["", ""]
+
+
+@pytest.mark.parametrize("with_checkpoint", [False, True])
+def test_storage_that_fails_stops_a_new_run_only(folder: Path, with_checkpoint: bool) -> None:
+    config = _config(folder)
+    guard = _guard(config, with_checkpoint=with_checkpoint)
+    (folder / "file").write_text("where the storage should be")
+    fails = _config(folder, run={"name": "run", "storage_path": str(folder / "file")})
+    stopped = run_ranks(2, _start_ranks, fails, guard, None)
+    if with_checkpoint:
+        assert stopped == ["", ""]
+    else:
+        assert "storage (rank 1 on" in stopped[0]
+
+
+@pytest.mark.parametrize(("begun", "error"), [(False, ValueError), (True, OSError)])
+def test_what_may_pass_by_itself_asks_a_run_that_has_begun_for_the_same_command_alone(
+    folder: Path, begun: bool, error: type[Exception]
+) -> None:
+    config = _config(folder)
+    if begun:
+        _guard(config, with_checkpoint=True)
+    (folder / "data" / "train-000002.tar").unlink()
+    with pytest.raises(error, match=r"the run cannot start; mend:\n  data: .*train-000002.tar is missing"):
+        check_driver(config)

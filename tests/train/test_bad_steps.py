@@ -33,10 +33,10 @@ from arvideo_dist.train.checkpoint import FOLDER, Checkpoint, complete_checkpoin
 from arvideo_dist.train.deferred import DeferredWrites
 from arvideo_dist.train.engine import Engine
 from arvideo_dist.train.launch import derive_checked, run_folder
-from arvideo_dist.train.lease import acquire
+from arvideo_dist.train.lease import Guard, acquire
 from arvideo_dist.train.loop import Task, train
 from arvideo_dist.train.outbox import QueuedTracker
-from arvideo_dist.train.stop import RunStoppedError
+from arvideo_dist.train.stop import Interruption, RunStoppedError
 from arvideo_dist.train.watch import Watch
 from tests.conftest import ROOT
 from tests.data.conftest import encode, write_dataset
@@ -159,6 +159,8 @@ class Case:
     suppressed: tuple[int, ...] = ()
     crash_at: int | None = None  # the forward pass of this place fails once, and the run is started again
     audit_waits: bool = False  # the storage takes nothing of the audit but while a save is written
+    leave_after: int | None = None  # this step the run is told to leave, and then started again
+    keep_last: int = 9
     options: tuple[tuple[str, Any], ...] = ()
 
 
@@ -181,7 +183,8 @@ CASES = [
     Case("restarted", _nan_at(6, 7, 8), crash_at=37),
     Case("stop", _nan_at(6, 7, 8), options=(("on_bad_steps", "stop"),)),
     Case("two-in-a-row", _nan_at(2, 3), options=(("max_bad_steps", 2),)),
-    Case("again", _nan_at(6, 7, 8, 9, 10), options=(("max_bad_steps", 2),)),
+    Case("again", _nan_at(6, 7, 8, 9, 10), keep_last=1, options=(("max_bad_steps", 2),)),
+    Case("told-to-leave", _nan_at(6, 7, 8), leave_after=7),
 ]
 
 
@@ -190,7 +193,7 @@ def _config(folder: Path, case: Case) -> RunConfig:
         {
             "run": {
                 **{"name": case.name, "storage_path": str(folder / "runs"), "audit": True},
-                **{"checkpoint_every_steps": 4, "keep_last": 9},
+                **{"checkpoint_every_steps": 4, "keep_last": case.keep_last},
             },
             "data": {"path": str(folder / "data"), "val_split": None, "workers": 0, "stride": 1},
             "model": MODEL.model_dump(),
@@ -244,9 +247,8 @@ def _train_case(case: Case, task: Task) -> list[str]:
             with contextlib.redirect_stdout(said), _crashing(crashes):
                 try:
                     with _queue(task) as tracker:
-                        watch = Watch(task.lease, control, lambda: None)
-                        train(task, torch.device("cpu"), control, watch, tracker)
-                    ended = True
+                        watch = _Watch(task.lease, control, None if outputs else case.leave_after)
+                        ended = train(task, torch.device("cpu"), control, watch, tracker) is None
                 except RunStoppedError as error:
                     print(f"RunStoppedError: {error}")
                     ended = True
@@ -265,6 +267,20 @@ def _queue(task: Task) -> contextlib.AbstractContextManager[QueuedTracker | None
         return contextlib.nullcontext()
     to_mlflow = tracking.Tracker(task.tracking_uri, task.mlflow_run_id, task.lease.check)
     return QueuedTracker(to_mlflow, task.lease.storage())
+
+
+class _Watch(Watch):
+    """Tells all ranks to leave after optimiser step `leave_after`."""
+
+    def __init__(self, guard: Guard, control: dist.ProcessGroup, leave_after: int | None) -> None:
+        super().__init__(guard, control, lambda: None)
+        self._leave_after = leave_after
+
+    def due(self) -> bool:
+        return True
+
+    def look(self, step: int) -> Interruption | None:
+        return Interruption("told to", step) if step == self._leave_after else None
 
 
 class _Crash(Exception):  # noqa: N818
@@ -321,12 +337,15 @@ def _client(folder: Path, name: str) -> tuple[MlflowClient, str]:
     return MlflowClient(tracking_uri=record["tracking_uri"]), record["mlflow_run_id"]
 
 
-@pytest.mark.parametrize(("case", "steps"), [("single", 8), ("rollback", 6), ("restarted", 6)])
+@pytest.mark.parametrize(
+    ("case", "steps"), [("single", 8), ("rollback", 6), ("restarted", 6), ("told-to-leave", 6)]
+)
 def test_the_run_ends_with_the_weights_of_one_whose_optimiser_left_the_steps_out(
     printed: dict[str, list[str]], folder: Path, case: str, steps: int
 ) -> None:
-    """`rollback` gives up step 5, which was good; `restarted` fails at step 10 and begins behind the rollback."""
-    expected = "rollback-expected" if case == "restarted" else f"{case}-expected"
+    """`rollback` gives up step 5, which was good; `restarted` fails at step 10 and begins behind the rollback;
+    `told-to-leave` saves and leaves between bad steps, and goes back behind that checkpoint."""
+    expected = f"{'single' if case == 'single' else 'rollback'}-expected"
     state, tensors = _checkpoint(folder, case, TOTAL)
     expected_state, expected_tensors = _checkpoint(folder, expected, TOTAL)
     _assert_equal(tensors, expected_tensors)
@@ -431,6 +450,25 @@ def test_a_checkpoint_waits_for_a_good_step_and_follows_a_rollback_at_once(
     }  # fmt: skip
     assert (before["optimizer_steps"], after["optimizer_steps"]) == (4, 4)
     assert after["position"] == 32
+
+
+def test_weights_older_than_those_gone_back_to_stay_until_there_are_newer_ones(
+    printed: dict[str, list[str]], folder: Path
+) -> None:
+    """One checkpoint is kept, but that of step 7 holds the weights of step 4."""
+    run = Storage(str(folder / "runs/again"))
+    assert complete_checkpoints(run) == ["step-00000004", "step-00000007"]
+
+
+def test_a_checkpoint_made_between_bad_steps_is_not_gone_back_to(
+    printed: dict[str, list[str]], folder: Path
+) -> None:
+    run = Storage(str(folder / "runs/told-to-leave"))
+    assert Checkpoint(run, "step-00000007").state["bad_steps"]["in_a_row"] == 2
+    first, second = printed["told-to-leave"]
+    assert "continues from" not in first
+    assert f"continues from {run.uri}/checkpoints/step-00000007, step 7" in second
+    assert f"the weights are those of {run.uri}/checkpoints/step-00000004 again" in second
 
 
 def test_a_rollback_is_said_and_tagged_also_where_the_run_was_started_again(

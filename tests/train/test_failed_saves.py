@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import resource
@@ -95,7 +96,8 @@ def _find(folder: str, disk: str | None, s3: S3) -> dict[str, Any]:
     engine = new_engine(new_model(), stage=0)
     return {
         "once": _fail_once(f"{folder}/once", engine),
-        "often": _fail_often(f"{folder}/often", engine),
+        "often": _fail_often(f"{folder}/often", engine, OSError(errno.ENOSPC, "No space left on device")),
+        "away": _fail_often(f"{folder}/away", engine, OSError("AWS Error NETWORK_CONNECTION")),
         "last": _fail_at_the_end(f"{folder}/last", engine),
         "alone": _fail_and_finish_without_another_try(f"{folder}/alone", engine),
         "lost": _lose_the_lease(f"{folder}/lost", engine),
@@ -166,13 +168,14 @@ def test_a_failed_save_is_reported_leaves_nothing_and_is_soon_tried_again(
     assert not (folder / "once" / FOLDER / "step-00000002").exists()
 
 
-def _fail_often(folder: str, engine: Engine) -> dict[str, Any]:
+def _fail_often(folder: str, engine: Engine, error: Exception) -> dict[str, Any]:
     run = FailingStorage(folder)
+    run.error = error
     saver = _saver(run, engine, Reported(), max_failed_saves=2, checkpoint_every_minutes=None)
     saver.request(1, state_at(1))
     saver.finish()
     run.fails = 2
-    said = ""
+    said, passing = "", None
     with _pauses(0.0):
         saver.request(2, state_at(2))
         train_steps(engine, 2, 3, 4, saver)
@@ -183,8 +186,8 @@ def _fail_often(folder: str, engine: Engine) -> dict[str, Any]:
         try:
             saver.request(4, state_at(4))
         except RunStoppedError as error:
-            said = str(error)
-    return {"due": due, "said": said, "complete": complete_checkpoints(run)}
+            said, passing = str(error), error.passing
+    return {"due": due, "said": said, "passing": passing, "complete": complete_checkpoints(run)}
 
 
 def test_max_failed_saves_in_a_row_stop_the_run_on_all_ranks_and_say_what_to_do(
@@ -193,9 +196,18 @@ def test_max_failed_saves_in_a_row_stop_the_run_on_all_ranks_and_say_what_to_do(
     for rank in found:
         assert rank["often"]["due"]
         assert "2 saves in a row failed (run.max_failed_saves)" in rank["often"]["said"]
-        assert "step-00000003 failed: rank 1: OSError: No space left on device" in rank["often"]["said"]
+        assert (
+            "step-00000003 failed: rank 1: OSError: [Errno 28] No space left on device"
+            in rank["often"]["said"]
+        )
         assert "the same command goes on from step 1" in rank["often"]["said"]
         assert rank["often"]["complete"] == ["step-00000001"]
+
+
+def test_a_run_that_stops_for_a_store_that_may_come_back_is_told_from_one_that_needs_a_person(
+    found: list[dict[str, Any]],
+) -> None:
+    assert [(rank["often"]["passing"], rank["away"]["passing"]) for rank in found] == [(False, True)] * 2
 
 
 def _fail_at_the_end(folder: str, engine: Engine) -> list[str]:

@@ -135,7 +135,7 @@ def test_what_is_found_out_of_older_workers_is_no_reason_for_the_end_of_new_ones
         node="n",
         host="h",
         pid=1,
-        created=0.0,
+        process=None,
         step=7,
         phase="optimiser step",
         together=True,

@@ -12,7 +12,9 @@ import ray.train
 import ray.train.torch
 
 from arvideo_dist.config import RunConfig
+from arvideo_dist.data.index import manifest_name
 from arvideo_dist.derived import derive
+from arvideo_dist.storage import Storage
 from arvideo_dist.train import launch
 from arvideo_dist.train.checkpoint import FOLDER, MANIFEST
 from arvideo_dist.train.lease import acquire
@@ -44,13 +46,19 @@ def resources(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
     return resources
 
 
+@pytest.fixture
+def sections(tmp_path: Path) -> dict[str, dict[str, Any]]:
+    """Of a run whose data set is there, as far as the driver looks."""
+    Storage(str(tmp_path / "data")).write_bytes(manifest_name("train"), b"{}")
+    run = {"name": "run", "storage_path": str(tmp_path), "max_restarts": 1}
+    return {"run": run, "data": {"path": str(tmp_path / "data")}}
+
+
 @pytest.mark.usefixtures("resources")
 def test_lost_workers_are_forgiven_as_long_as_the_run_advances_between_them(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    sections: dict[str, dict[str, Any]], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    config = RunConfig.model_validate(
-        {"run": {"name": "run", "storage_path": str(tmp_path), "max_restarts": 1}}
-    )
+    config = RunConfig.model_validate(sections)
     run = launch.run_folder(config)
     steps = iter([100, 200, 300, 400, 400, 500])  # newest checkpoint when each set of workers was lost
 
@@ -70,11 +78,9 @@ def test_lost_workers_are_forgiven_as_long_as_the_run_advances_between_them(
 
 
 def test_workers_that_lost_all_gpu_nodes_wait_for_gpus_and_do_not_go_on_on_cpus(
-    tmp_path: Path, resources: dict[str, float], monkeypatch: pytest.MonkeyPatch
+    sections: dict[str, dict[str, Any]], resources: dict[str, float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = RunConfig.model_validate(
-        {"run": {"name": "run", "storage_path": str(tmp_path), "max_restarts": 1}, "cluster": {"workers": 2}}
-    )
+    config = RunConfig.model_validate({**sections, "cluster": {"workers": 2}})
     assert config.cluster.device == "auto"
     resources.update(CPU=16, GPU=2)
     asked: list[tuple[bool, str]] = []

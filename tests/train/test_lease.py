@@ -50,7 +50,7 @@ def run(request: pytest.FixtureRequest, tmp_path: Path) -> Storage:
 @pytest.fixture
 def other_host(monkeypatch: pytest.MonkeyPatch) -> None:
     """No process can be looked up, as where holder and observer are on different machines."""
-    monkeypatch.setattr(lease_module, "_process_identity", lambda pid: None)
+    monkeypatch.setattr(lease_module, "process_identity", lambda pid: None)
 
 
 class HoldingProcess:

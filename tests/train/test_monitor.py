@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import signal
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
 
 from arvideo_dist.train.activity import Activity
-from arvideo_dist.train.monitor import Beat, Hang, Monitor, judge, seconds_between_beats
+from arvideo_dist.train.lease import process_identity
+from arvideo_dist.train.monitor import Beat, Hang, Monitor, autopsy, judge, seconds_between_beats
 
 HUNG_S = 60.0
 WAITS = Beat(
@@ -18,7 +22,7 @@ WAITS = Beat(
     node="n",
     host="h",
     pid=100,
-    created=0.0,
+    process=None,
     step=7,
     phase="agrees on the step with the other ranks",
     together=True,
@@ -132,6 +136,18 @@ def test_monitor_orders_the_ranks_of_a_hang_to_end_and_forgives_the_next_set() -
         assert await monitor.beat(beats[1]) is None  # a late word of the set before begins nothing
 
     asyncio.run(life())
+
+
+def test_an_autopsy_ends_the_process_that_it_means_and_none_that_got_its_pid_later() -> None:
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as child:
+        identity = process_identity(child.pid)
+        assert identity is not None
+        assert autopsy(child.pid, identity + "0") is None
+        assert child.poll() is None
+        found = autopsy(child.pid, identity)
+    assert found is not None
+    assert found.startswith(f"process {child.pid}, ")
+    assert child.returncode == -signal.SIGKILL
 
 
 def test_heartbeats_stay_rare_and_a_hang_is_found_soon() -> None:

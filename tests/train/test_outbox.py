@@ -5,7 +5,6 @@ from __future__ import annotations
 import multiprocessing as mp
 import os
 import signal
-import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from queue import Queue
@@ -19,6 +18,7 @@ from arvideo_dist.config import RunConfig
 from arvideo_dist.storage import Storage
 from arvideo_dist.tracking import RUN_FILE, Tracker, close_run, open_run
 from arvideo_dist.train import outbox
+from arvideo_dist.train.activity import activity
 from arvideo_dist.train.lease import LeaseLostError
 from arvideo_dist.train.outbox import FOLDER, REFUSED, QueuedTracker, say_unsent
 from tests.services.mlflow_server import MlflowServer, free_port
@@ -300,26 +300,30 @@ def test_who_leaves_keeps_all_before_it_waits_briefly_and_the_end_of_the_block_w
     run: FailingStorage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     waits: list[tuple[float, bool]] = []  # for how long, and whether all was on storage by then
-    original = threading.Condition.wait_for
 
-    def wait_for(
-        self: threading.Condition, predicate: Callable[[], bool], timeout: float | None = None
-    ) -> bool:
-        if timeout is None:  # the sender's
-            return original(self, predicate)
+    def await_sent(self: QueuedTracker, seconds: float) -> None:
         members = [
             run.read_bytes(f"{FOLDER}/{name}") for name in run.names(FOLDER) if name.endswith(".jsonl")
         ]
-        waits.append((timeout, all(f'"step":{step},'.encode() in b"".join(members) for step in (1, 2))))
-        return False
+        waits.append((seconds, all(f'"step":{step},'.encode() in b"".join(members) for step in (1, 2))))
 
-    monkeypatch.setattr(threading.Condition, "wait_for", wait_for)
+    monkeypatch.setattr(QueuedTracker, "_await_sent", await_sent)
     with _queued(f"http://127.0.0.1:{free_port()}", "run", run) as tracker:
         _log(tracker, 1, 2)
         tracker.leave()
-    drains = [wait for wait in waits if wait[0] > 1]
-    assert drains == [(outbox._LEAVING_S, True)]
+    assert waits == [(outbox._LEAVING_S, True)]
     assert outbox._LEAVING_S <= 5
+
+
+def test_who_waits_for_mlflow_at_the_end_does_not_hang(
+    run: FailingStorage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ticks: list[bool] = []
+    monkeypatch.setattr(activity, "tick", lambda: ticks.append(True))
+    with _queued(f"http://127.0.0.1:{free_port()}", "run", run) as tracker:
+        _log(tracker, 1)
+        tracker.finish(2.5)
+    assert len(ticks) >= 3  # at the begin and after each second
 
 
 def test_storage_that_fails_under_the_lease_is_named_and_not_mlflow(sqlite: str, run: FailingStorage) -> None:
@@ -373,3 +377,17 @@ def test_a_run_that_goes_on_starts_and_ends_without_mlflow_and_a_new_one_does_no
     assert "is away" in capsys.readouterr().out
     close_run(away, run_id, "FINISHED")
     assert f"did not take the status FINISHED of its run {run_id}" in capsys.readouterr().out
+
+
+def test_a_start_that_fails_halfway_leaves_no_run_in_mlflow(tmp_path: Path) -> None:
+    (tmp_path / "mlartifacts").write_text("a file where artifacts should go")
+    config = RunConfig.model_validate({"run": {"name": "run", "storage_path": str(tmp_path)}})
+    run = Storage(str(tmp_path)).child("run")
+    with pytest.raises(ValueError, match=r"Check tracking\.uri"):
+        open_run(config, {}, run)
+    (tmp_path / "mlartifacts").unlink()
+    run_id = open_run(config, {}, run)
+    client = MlflowClient(tracking_uri=tracking.tracking_uri(config))
+    experiment = client.get_experiment_by_name(config.tracking.experiment)
+    assert experiment is not None
+    assert [found.info.run_id for found in client.search_runs([experiment.experiment_id])] == [run_id]

@@ -293,6 +293,21 @@ def test_the_newest_and_the_multiples_of_keep_every_are_kept(
     assert run.names(FOLDER) == [checkpoint_name(step) for step in kept]
 
 
+@pytest.mark.parametrize(
+    ("steps", "kept"),
+    [([15, 20, 25, 40, 55], [20, 40, 55]), ([15, 23, 25, 47, 55, 61], [23, 47, 61])],
+    ids=["all as due", "those due at 20, 40 and 60 failed"],
+)
+def test_in_place_of_a_checkpoint_for_good_that_failed_the_next_one_is_kept(
+    make_checkpoints: Callable[..., Storage], steps: list[int], kept: list[int]
+) -> None:
+    run = make_checkpoints([], killed=[])
+    for newest in steps:  # as the run makes them, one after another
+        run.write_bytes(f"{FOLDER}/{checkpoint_name(newest)}/{MANIFEST}", b"{}")
+        retain(run, checkpoint_name(newest), keep_last=1, keep_every=20)
+    assert run.names(FOLDER) == [checkpoint_name(step) for step in kept]
+
+
 def test_what_a_run_that_fell_back_finds_ahead_of_it_goes_and_what_it_wrote_stays(
     make_checkpoints: Callable[..., Storage],
 ) -> None:

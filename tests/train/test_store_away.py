@@ -12,6 +12,7 @@ import ray
 import ray.train
 
 from arvideo_dist import tracking
+from arvideo_dist.checks import finding
 from arvideo_dist.config import RunConfig
 from arvideo_dist.data import index
 from arvideo_dist.derived import derive
@@ -43,7 +44,8 @@ def relay(s3: S3) -> Iterator[CutOff]:
 
 @pytest.fixture
 def config(s3: S3, bucket: str, relay: CutOff, tmp_path: Path) -> RunConfig:
-    """A run that lies behind the relay."""
+    """A run that lies behind the relay; its data does not."""
+    Storage(str(tmp_path / "data")).write_bytes(index.manifest_name("train"), b"{}")
     return RunConfig.model_validate(
         {
             "run": {
@@ -52,6 +54,7 @@ def config(s3: S3, bucket: str, relay: CutOff, tmp_path: Path) -> RunConfig:
                 "max_restarts": 1,
                 "lease_s": 3,
             },
+            "data": {"path": str(tmp_path / "data"), "val_split": None},
         }
     )
 
@@ -122,7 +125,39 @@ def test_a_store_that_is_away_as_workers_are_lost_costs_one_restart_however_long
         _fit(config, lease)
     assert outage.fits == 2
     said = capsys.readouterr().out
-    assert said.count(f"new workers wait for {outage.run.uri}, for up to 60 minutes: ") == 1
+    assert said.count("new workers wait for storage, for up to 60 minutes: ") == 1
+    assert said.count("restart 1 of 1 since checkpoint step-00000100") == 1
+
+
+def test_data_whose_mount_is_away_as_workers_are_lost_costs_one_restart_too(
+    config: RunConfig,
+    relay: CutOff,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    outage = Outage(config, relay, monkeypatch, looks=2)
+    data, elsewhere = tmp_path / "data", tmp_path / "unmounted"
+
+    def fit_once(*_: object) -> None:
+        outage.fits += 1
+        if outage.fits == 1:
+            outage.run.write_bytes(f"{FOLDER}/step-00000100/{MANIFEST}", b"{}")
+            data.rename(elsewhere)
+            data.mkdir()
+            raise ray.train.WorkerGroupError("lost", worker_failures={1: RuntimeError("no shard")})
+
+    def mount_again(lease: Lease) -> None:
+        data.rmdir()
+        elsewhere.rename(data)
+
+    monkeypatch.setattr(launch, "_fit_once", fit_once)
+    monkeypatch.setattr(outage, "back", mount_again)
+    with acquire(outage.run, lease_s=600) as lease:
+        _fit(config, lease)
+    assert outage.fits == 2
+    said = capsys.readouterr().out
+    assert f"for up to 60 minutes: {data} has no dataset-train.json any more: is its mount there?" in said
     assert said.count("restart 1 of 1 since checkpoint step-00000100") == 1
 
 
@@ -167,14 +202,15 @@ def refused(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_what_time_does_not_mend_is_not_waited_for(config: RunConfig, request: pytest.FixtureRequest) -> None:
-    run = launch.run_folder(config)
-    lease = acquire(run, lease_s=600)
+    lease = acquire(launch.run_folder(config), lease_s=600)
     request.getfixturevalue("refused")
     with pytest.raises(OSError, match="ACCESS_DENIED"):
-        launch._newest_once_the_store_answers(run, lease)
+        launch._newest_once_stores_answer(config, lease)
 
 
+@pytest.mark.parametrize("options", [["--dry-run"], []], ids=["dry-run", "start"])
 def test_a_store_that_stays_away_ends_the_command_with_one_line_and_the_code_for_the_same_command(
+    options: list[str],
     s3: S3,
     bucket: str,
     relay: CutOff,
@@ -182,8 +218,11 @@ def test_a_store_that_stays_away_ends_the_command_with_one_line_and_the_code_for
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(index, "patiently", lambda action, *_, **__: action())  # three minutes of patience
+    monkeypatch.setattr(finding, "WAITS_S", ())
+    monkeypatch.setattr(finding.retried, "__defaults__", ((),))
+    away = s3.uri(f"{bucket}/set", through=relay.address)
     with relay.cut(), pytest.raises(SystemExit) as ended:
-        main(["--dry-run", "--data.path", s3.uri(f"{bucket}/set", through=relay.address)])
+        main([*options, "--data.path", away, "--run.storage_path", away])
     assert ended.value.code == 75
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: storage or network failed: ")
