@@ -21,10 +21,13 @@ import uuid
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import IO, Any, TypeVar
+from typing import IO, TYPE_CHECKING, Any, TypeVar
 
 import pyarrow as pa
 import pyarrow.fs as pafs
+
+if TYPE_CHECKING:
+    from arvideo_dist.s3 import S3Reader
 
 Result = TypeVar("Result")
 
@@ -44,6 +47,13 @@ _LASTING = {
 }
 _LASTING_WORDS = ("ACCESS_DENIED", "NO_SUCH_BUCKET", "INVALID_ACCESS_KEY_ID", "SIGNATURE_DOES_NOT_MATCH")
 
+_CLIENT_OPTIONS = {
+    # Google's client repeats a request for 15 minutes.
+    "gs": "retry_limit_seconds=30",
+    "gcs": "retry_limit_seconds=30",
+    # Amazon's else publishes a small member by three requests instead of one.
+    "s3": "allow_delayed_open=true",
+}
 
 _USER = re.compile(r"://[^/?@:\s]*(?::[^?\s]*)?@")
 _SECRET_OPTION = re.compile(
@@ -60,15 +70,20 @@ class Storage:
         `address` opens the same folder again; `uri` is for people, without credentials that may stand in it.
         Raises ValueError for a scheme that pyarrow does not know.
         """
+        self._s3: S3Reader | None = None
         if "://" in uri:
             try:
-                self.fs, self.root = pafs.FileSystem.from_uri(_with_limits(uri))
+                self.fs, self.root = pafs.FileSystem.from_uri(_with_options(uri))
             except (OSError, ValueError) as error:
                 raise ValueError(f"cannot open storage {shown(uri)!r}: {shown(error)}") from None
             if isinstance(self.fs, pafs.S3FileSystem):
+                # botocore's import is for those who use it.
+                from arvideo_dist.s3 import S3Reader
+
                 # One made from a URI asks a silent server for 100 s, a copy (also what arrives in another
                 # process) for 10 s: three attempts of 3 s.
                 self.fs = copy.copy(self.fs)
+                self._s3 = S3Reader(self.fs)
             base, mark, query = uri.partition("?")
             self.address = f"{base.rstrip('/')}{mark}{query}"
             self.root = self.root.rstrip("/")
@@ -106,11 +121,17 @@ class Storage:
         return sorted(info.base_name for info in self.fs.get_file_info(selector))
 
     def read_bytes(self, name: str) -> bytes:
+        """All of member `name`; raises FileNotFoundError. One request to an S3 store."""
+        if self._s3 is not None and (content := self._s3.read(self.path(name))) is not None:
+            return content
         with self.fs.open_input_stream(self.path(name), compression=None) as stream:
             return stream.read()
 
     def read_range(self, name: str, offset: int, size: int) -> bytes:
-        """`size` bytes of member `name` from byte `offset`; fewer where the member ends before."""
+        """`size` bytes of member `name` from byte `offset`; fewer where the member ends before. Raises
+        FileNotFoundError. One request to an S3 store."""
+        if self._s3 is not None and (content := self._s3.read(self.path(name), offset, size)) is not None:
+            return content
         with self.fs.open_input_file(self.path(name)) as file:
             left = max(0, file.size() - offset)  # object stores refuse to read past the end
             return file.read_at(min(size, left), offset) if left else b""
@@ -313,11 +334,12 @@ class PatientStorage(Storage):
         return patiently(action, is_answer=lasts)
 
 
-def _with_limits(uri: str) -> str:
-    """`uri` with a bound on the time for which Google's client repeats a request: its own is 15 minutes."""
-    if not uri.startswith(("gs://", "gcs://")) or "retry_limit_seconds=" in uri:
+def _with_options(uri: str) -> str:
+    """`uri` with this project's option for its client, where it does not have it."""
+    option = _CLIENT_OPTIONS.get(uri.partition("://")[0])
+    if option is None or f"{option.partition('=')[0]}=" in uri:
         return uri
-    return f"{uri}{'&' if '?' in uri else '?'}retry_limit_seconds=30"
+    return f"{uri}{'&' if '?' in uri else '?'}{option}"
 
 
 def sync(path: Path) -> None:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import zlib
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+from pyarrow.fs import S3FileSystem
 
-from arvideo_dist.storage import Storage, shown, without_credentials
-from tests.services.relays import RefusesWrites
+from arvideo_dist.s3 import S3Reader
+from arvideo_dist.storage import Storage, is_missing, lasts, shown, without_credentials
+from tests.services.relays import CutOff, CutsAnswers, RefusesOthers, RefusesWrites, Requests
 from tests.services.s3 import S3
 
 
@@ -132,3 +137,93 @@ def test_a_slash_at_the_end_of_an_address_changes_nothing(s3: S3) -> None:
     with_slash = Storage(s3.uri("slashes/folder/"))
     with_slash.child("below").write_bytes("member", b"content")
     assert Storage(s3.uri("slashes/folder")).read_bytes("below/member") == b"content"
+
+
+@pytest.fixture
+def requests(s3: S3) -> Iterator[Requests]:
+    relay = Requests(s3.address)
+    yield relay
+    relay.close()
+
+
+@pytest.fixture
+def counted(s3: S3, requests: Requests, request: pytest.FixtureRequest) -> Storage:
+    """A folder in a bucket of its own, behind the relay."""
+    bucket = f"counted-{zlib.crc32(request.node.name.encode())}"
+    s3.make_bucket(bucket)
+    return Storage(s3.uri(f"{bucket}/folder", through=requests.address))
+
+
+def test_a_read_is_one_request_and_so_is_a_small_members_publication(
+    counted: Storage, requests: Requests
+) -> None:
+    content = bytes(range(256))
+    counted.write_bytes("a member.tar", content)
+    assert counted.read_bytes("a member.tar") == content
+    assert counted.read_range("a member.tar", 10, 100) == content[10:110]
+    assert counted.read_range("a member.tar", 200, 100) == content[200:], "fewer where the member ends"
+    key = f"/{counted.path('a member.tar')}".replace(" ", "%20")
+    assert requests.seen == [f"PUT {key}", f"GET {key}", f"GET {key}", f"GET {key}"]
+    assert counted.read_range("a member.tar", 256, 10) == b"", "nothing behind its end"
+
+
+def test_a_missing_member_and_a_store_that_is_away_are_told_apart(counted: Storage, s3: S3) -> None:
+    relay = CutOff(s3.address)
+    away = Storage(s3.uri(counted.root, through=relay.address))
+    away.write_bytes("member", b"content")
+    for storage in (counted, away):
+        with pytest.raises(FileNotFoundError, match="folder/absent"):
+            storage.read_bytes("absent")
+        with pytest.raises(FileNotFoundError, match="folder/absent"):
+            storage.read_range("absent", 0, 5)
+    with relay.cut(), pytest.raises(OSError, match="NETWORK_CONNECTION") as cut:
+        away.read_range("member", 0, 5)
+    assert not is_missing(cut.value)
+    assert not lasts(cut.value)
+    assert away.read_range("member", 0, 5) == b"conte"
+    relay.close()
+
+
+def test_a_store_that_does_not_take_the_projects_own_requests_is_read_through_pyarrow(s3: S3) -> None:
+    """As where it wants another signature: pyarrow's client knows more ways, and asks twice."""
+    relay = RefusesOthers(s3.address)
+    s3.make_bucket("refuses-others")
+    storage = Storage(s3.uri("refuses-others/folder", through=relay.address))
+    storage.write_bytes("member", b"content")
+    for _ in range(5):
+        assert storage.read_range("member", 0, 3) == b"con"
+    assert relay.refused == 3, "then it is not tried again"
+
+
+@pytest.mark.parametrize(
+    ("options", "bucket", "url"),
+    [
+        ({}, "box", "https://box.s3.eu-west-1.amazonaws.com/a%20b/c%2Bd~e"),
+        ({}, "box.org", "https://s3.eu-west-1.amazonaws.com/box.org/a%20b/c%2Bd~e"),
+        ({"region": "cn-north-1"}, "box", "https://box.s3.cn-north-1.amazonaws.com.cn/a%20b/c%2Bd~e"),
+        ({"endpoint_override": "host:9", "scheme": "http"}, "box", "http://host:9/box/a%20b/c%2Bd~e"),
+        ({"endpoint_override": "http://host:9/"}, "box", "http://host:9/box/a%20b/c%2Bd~e"),
+        (
+            {"endpoint_override": "host", "force_virtual_addressing": True},
+            "box",
+            "https://box.host/a%20b/c%2Bd~e",
+        ),
+    ],
+)
+def test_an_object_is_asked_for_where_pyarrows_client_would(
+    options: dict[str, Any], bucket: str, url: str
+) -> None:
+    fs = S3FileSystem(**({"region": "eu-west-1", "anonymous": True} | options))
+    assert S3Reader(fs).url(f"{bucket}/a b/c+d~e") == url
+
+
+def test_an_answer_that_is_cut_off_is_no_short_read(counted: Storage, s3: S3) -> None:
+    """A worker would take fewer bytes than it asked for as the sample's fault."""
+    relay = CutsAnswers(s3.address)
+    storage = Storage(s3.uri(counted.root, through=relay.address))
+    content = bytes(range(256)) * 4000
+    storage.write_bytes("member", content)
+    relay.cut = 1
+    assert storage.read_range("member", 0, len(content)) == content
+    assert relay.cut == 0
+    relay.close()

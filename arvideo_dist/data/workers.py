@@ -33,6 +33,7 @@ log = logging.getLogger(__name__)
 
 # Imported once in the fork server, so that a worker starts in milliseconds and shares their memory.
 _PRELOAD = ["torch.utils.data", "pyarrow.fs", "pyarrow.parquet", "decord", "av", "arvideo_dist.data.loader"]
+_PRELOAD_IF_USED = ["arvideo_dist.s3"]  # by the rank
 PREFETCH_PER_WORKER = 2  # micro batches; bounds what waits in shared memory (back-pressure)
 _STRIKES = 2  # deaths on one place that make it a bad sample
 _STARTS_WITHOUT_RESULT = 8
@@ -259,7 +260,7 @@ class _WorkerContext(ForkServerContext):
 
     def __init__(self) -> None:
         self.processes: list[_WorkerProcess] = []  # in the order of the worker numbers
-        self.set_forkserver_preload(_PRELOAD)
+        self.set_forkserver_preload(_PRELOAD + [name for name in _PRELOAD_IF_USED if name in sys.modules])
 
     def Process(self, *args: Any, **kwargs: Any) -> _WorkerProcess:  # type: ignore[override]  # noqa: N802
         process = _WorkerProcess(*args, **kwargs)

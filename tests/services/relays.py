@@ -1,12 +1,16 @@
-"""Relays in front of a real server: slow, hanging, cut off, losing answers, refusing writes, or counting bytes."""
+"""Relays in front of a real server: slow, hanging, cut off, losing answers, refusing writes, counting bytes or
+requests."""
 
 from __future__ import annotations
 
+import re
 import socket
 import threading
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+
+_REQUEST = re.compile(rb"((?:GET|HEAD|PUT|POST|DELETE) \S+) HTTP/1\.1\r\n")
 
 
 class Relay:
@@ -134,6 +138,40 @@ class RefusesWrites(Relay):
             server.sendall(request)
 
 
+class RefusesOthers(Relay):
+    """Takes requests of pyarrow's client only."""
+
+    def __init__(self, upstream: str) -> None:
+        self.refused = 0
+        super().__init__(upstream)
+
+    def _serve(self, client: socket.socket, server: socket.socket) -> None:
+        threading.Thread(target=_copy, args=(server, client), daemon=True).start()
+        while request := client.recv(2**16):
+            if _REQUEST.match(request) and b"aws-sdk-cpp" not in request:
+                self.refused += 1
+                client.sendall(b"HTTP/1.1 400 Bad Request\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
+                return
+            server.sendall(request)
+
+
+class CutsAnswers(Relay):
+    """Ends the connection within each of the next `cut` answers that are longer than a packet."""
+
+    def __init__(self, upstream: str) -> None:
+        self.cut = 0
+        super().__init__(upstream)
+
+    def _serve(self, client: socket.socket, server: socket.socket) -> None:
+        threading.Thread(target=_copy, args=(client, server), daemon=True).start()
+        while answer := server.recv(2**16):
+            client.sendall(answer)
+            if self.cut and len(answer) > 4096:
+                self.cut -= 1
+                break
+        client.shutdown(socket.SHUT_RDWR)
+
+
 class Counts(Relay):
     """Counts the bytes that come from the server."""
 
@@ -149,6 +187,21 @@ class Counts(Relay):
                 self.received += len(answer)
             client.sendall(answer)
         client.shutdown(socket.SHUT_RDWR)
+
+
+class Requests(Relay):
+    """Keeps what each request asked for: `GET /bucket/key`, with the query where it has one."""
+
+    def __init__(self, upstream: str) -> None:
+        self.seen: list[str] = []
+        super().__init__(upstream)
+
+    def _serve(self, client: socket.socket, server: socket.socket) -> None:
+        threading.Thread(target=_copy, args=(server, client), daemon=True).start()
+        while request := client.recv(2**16):
+            if found := _REQUEST.match(request):
+                self.seen.append(found[1].decode())
+            server.sendall(request)
 
 
 def _copy(source: socket.socket, sink: socket.socket) -> None:
