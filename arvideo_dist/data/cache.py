@@ -14,22 +14,24 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
-from arvideo_dist.data.index import ShardEntry
 from arvideo_dist.storage import Storage
+
+_DIGITS = 32  # of a digest that names files
 
 
 class ShardCache:
-    """Least recently used shards leave first. A file stands under its shard's digest, so that another version
-    of a data set never meets an old copy. Locks are the kernel's: they end with a process that is killed."""
+    """Least recently used shards leave first. A file stands under the digest of its data set's index, so that
+    another version of a data set never meets an old copy. Locks are the kernel's: they end with a process that is
+    killed."""
 
     def __init__(self, folder: Path, limit_bytes: int) -> None:
         self.folder, self.limit_bytes = folder, limit_bytes
 
-    def open(self, storage: Storage, shard: ShardEntry) -> BinaryIO | None:
-        """The shard's local copy, opened; fetched where it is not there. None where the shards that others fetch
-        now leave no room for it. Raises OSError where the store fails, ValueError where the shard is larger than
-        the cache."""
-        path = self.folder / f"{shard.sha256}.tar"
+    def open(self, storage: Storage, shard: str, index_digest: str) -> BinaryIO | None:
+        """The local copy of the member `shard` of a data set, opened; fetched where it is not there. None where the
+        shards that others fetch now leave no room for it. Raises OSError where the store fails, ValueError where
+        the shard is larger than the cache."""
+        path = self.folder / f"{index_digest[:_DIGITS]}-{shard}"
         while True:
             with suppress(FileNotFoundError):
                 file = path.open("rb")  # stays readable when another process removes the name
@@ -37,30 +39,28 @@ class ShardCache:
                     os.utime(path)
                 return file
             self.folder.mkdir(parents=True, exist_ok=True)
-            with self._lock(shard.sha256) as mine:
+            with self._lock(path.stem) as mine:
                 assert mine
                 if not path.exists() and not self._fetch(storage, shard, path):
                     return None
 
-    def _fetch(self, storage: Storage, shard: ShardEntry, path: Path) -> bool:
+    def _fetch(self, storage: Storage, shard: str, path: Path) -> bool:
         """Whether there was room for it."""
         partial = path.with_suffix(".partial")
-        size = storage.size(shard.name)
-        if not self._make_room(size, partial):
-            return False
-        try:
-            with (
-                storage.fs.open_input_stream(storage.path(shard.name), compression=None) as source,
-                partial.open("r+b") as sink,
-            ):
-                shutil.copyfileobj(source, sink, 8 * 2**20)
-                fetched = sink.tell()
-            if fetched != size:
-                raise OSError(f"{storage.uri}/{shard.name} ended after {fetched} of {size} bytes")
-            partial.replace(path)
-            return True
-        finally:
-            partial.unlink(missing_ok=True)
+        with storage.fs.open_input_file(storage.path(shard)) as source:
+            size = source.size()
+            if not self._make_room(size, partial):
+                return False
+            try:
+                with partial.open("r+b") as sink:
+                    shutil.copyfileobj(source, sink, 8 * 2**20)
+                    fetched = sink.tell()
+                if fetched != size:
+                    raise OSError(f"{storage.uri}/{shard} ended after {fetched} of {size} bytes")
+                partial.replace(path)
+                return True
+            finally:
+                partial.unlink(missing_ok=True)
 
     def _make_room(self, size: int, partial: Path) -> bool:
         """Whether `size` more bytes fit once old shards are removed; they are reserved by the file `partial`."""

@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import tempfile
 from dataclasses import dataclass
@@ -124,15 +125,17 @@ def load_manifest(storage: Storage, split: str, patience_s: float = _PATIENCE_S)
 
 def _read_manifest(storage: Storage, split: str) -> DatasetManifest:
     name = manifest_name(split)
-    if not storage.exists(name):
+    try:
+        content = storage.read_bytes(name)
+    except FileNotFoundError:
         found = [n for n in storage.names() if n.startswith("dataset-") and n.endswith(".json")]
         splits = ", ".join(n[len("dataset-") : -len(".json")] for n in found) or "none"
         raise ValueError(
             f"no data set at {storage.uri}: {name} is missing (splits found there: {splits}). "
             "Make one with `python -m data_prep`, or point data.path at one."
-        )
+        ) from None
     try:
-        manifest = DatasetManifest.model_validate_json(storage.read_bytes(name))
+        manifest = DatasetManifest.model_validate_json(content)
     except ValidationError as error:
         raise ValueError(f"{storage.uri}/{name} is not a data set manifest: {error}") from error
     if manifest.format_version != FORMAT_VERSION:
@@ -170,24 +173,34 @@ def index_cache() -> Path:
     return Path(tempfile.gettempdir()) / f"arvideo-index-{os.getuid()}"
 
 
-def open_index(storage: Storage, split: str, cache: Path | None = None) -> DatasetIndex:
-    """Open the index of `split`, verified against the manifest.
+def open_index(
+    storage: Storage, split: str, cache: Path | None = None, manifest: DatasetManifest | None = None
+) -> DatasetIndex:
+    """Open the index of `split`, verified against its `manifest` (read here where it is not given).
 
     The Parquet file is turned once a node into an uncompressed Arrow file under `cache` (default: the
     system's temporary folder), named by its digest, and mapped from there. Raises ValueError where the
     split is missing or its index is not the one that the manifest names.
     """
-    manifest = load_manifest(storage, split)
+    manifest = manifest or load_manifest(storage, split)
     cache = cache or index_cache()
     target = cache / f"{manifest.index.sha256}.arrow"
     if not target.exists():
-        make = partial(_make_arrow, storage, split, manifest.index, target)
+        cache.mkdir(parents=True, exist_ok=True, mode=0o700)
+        make = partial(_make_arrow_once, storage, split, manifest.index, target)
         patiently(make, _PATIENCE_S, is_answer=lasts)
     return DatasetIndex(target)
 
 
+def _make_arrow_once(storage: Storage, split: str, index: FileEntry, target: Path) -> None:
+    """One of the node's processes makes it, which takes memory and the store's time, while the others wait."""
+    with target.with_suffix(".lock").open("w") as lock:  # the kernel's: it ends with its holder
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not target.exists():
+            _make_arrow(storage, split, index, target)
+
+
 def _make_arrow(storage: Storage, split: str, index: FileEntry, target: Path) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
         parquet = storage.local_copy(index.name, Path(scratch))
         if Storage(str(parquet.parent)).sha256(parquet.name) != index.sha256:
@@ -196,9 +209,9 @@ def _make_arrow(storage: Storage, split: str, index: FileEntry, target: Path) ->
                 "the data set is damaged or half replaced; run `python -m data_prep` for it again"
             )
         arrow = Path(scratch) / "index.arrow"
-        # A piece at a time: an index of 10^8 rows takes 20 GB.
+        # A piece at a time: an index of 10^8 rows takes 20 GB, one of a million rows 300 MB at once.
         with pq.ParquetFile(parquet) as file, pa.ipc.new_file(str(arrow), INDEX_SCHEMA) as writer:
-            for batch in file.iter_batches(batch_size=2**20):
+            for batch in file.iter_batches(batch_size=2**17):
                 writer.write_table(pa.Table.from_batches([batch]).cast(INDEX_SCHEMA))
         sync(arrow)
         arrow.replace(target)

@@ -171,13 +171,14 @@ class ClipSamples:
             cache = ShardCache(options.shard_cache, int(options.shard_cache_gib * 2**30))
         orders = []
         for number, source in enumerate(self.sources):
-            shards = load_manifest(source.storage, source.split).shards
-            index = open_index(source.storage, source.split)
+            manifest = load_manifest(source.storage, source.split)
+            index = open_index(source.storage, source.split, manifest=manifest)
+            shards = manifest.shards
             self.indexes.append(index)
             self.readers.append(
                 MemberReader(
                     source.storage,
-                    {shard.name: shard for shard in shards},
+                    manifest.index.sha256,
                     retries=options.read_retries,
                     verify_checksums=options.verify_checksums,
                     cache=None if source.storage.is_local else cache,

@@ -14,7 +14,7 @@ from functools import partial
 
 from arvideo_dist.data.cache import ShardCache
 from arvideo_dist.data.decode import BadSample
-from arvideo_dist.data.index import SampleRow, ShardEntry
+from arvideo_dist.data.index import SampleRow
 from arvideo_dist.storage import Storage
 
 log = logging.getLogger(__name__)
@@ -31,7 +31,7 @@ class MemberReader:
     """Reads video members of one data set."""
 
     storage: Storage
-    shards: dict[str, ShardEntry]  # by name
+    index_digest: str  # tells this data set's shards from others' in the cache
     retries: int = 6
     first_delay: float = 1.0  # seconds before the first repetition of a failed read; doubles each time
     verify_checksums: bool = False
@@ -69,7 +69,7 @@ class MemberReader:
         raise AssertionError("unreachable")
 
     def _read_range(self, row: SampleRow) -> bytes:
-        cached = self.cache and self.cache.open(self.storage, self.shards[row.shard])
+        cached = self.cache and self.cache.open(self.storage, row.shard, self.index_digest)
         if not cached:
             return self.storage.read_range(row.shard, row.offset, row.size)
         with cached as file:

@@ -37,7 +37,7 @@ MANIFEST = "manifest.json"
 STATE = "state.json"
 FORMAT_VERSION = 1
 KINDS = ("weight", *zero_state.MOMENTS)
-_PIECE_BYTES = 32 * 2**20  # of a part that is verified; two requests to an object store
+_PIECE_BYTES = 32 * 2**20  # of a part that is verified; a request to an object store
 _NAME = re.compile(r"step-\d{8}")
 
 
@@ -137,9 +137,11 @@ class Checkpoint:
         for part in self.manifest.parts if parts is None else parts:
             activity.tick()
             member = f"{self._folder}/{part.name}"
-            if not self._run.exists(member):
-                raise CheckpointError(f"{self}: {part.name} is missing")
-            if self._run.size(member) != part.size or self._sha256(member, part.size) != part.sha256:
+            try:
+                size = self._run.size(member)
+            except FileNotFoundError:
+                raise CheckpointError(f"{self}: {part.name} is missing") from None
+            if size != part.size or self._sha256(member, part.size) != part.sha256:
                 raise CheckpointError(
                     f"{self}: {part.name} is damaged (size or sha256 differs from the manifest)"
                 )

@@ -28,6 +28,7 @@ _AHEAD = 8
 _REQUEST_BYTES = 32 * 2**20
 # A request costs tens of milliseconds; what lies between two wanted ranges costs less to read where it is short.
 _HOLE_BYTES = 64 * 2**10
+_FIRST_BYTES = 8 * 2**10  # of a part: with some tens of ranks they hold its whole header
 _ITEM_BYTES = 4  # all tensors are fp32
 
 
@@ -86,8 +87,11 @@ def _ahead(
 
 def _read_header(run: Storage, part: str) -> dict[str, int]:
     """Where in `part` each tensor's first byte stands."""
-    size = int.from_bytes(_read_range(run, part, 0, 8), "little")
-    header = json.loads(_read_range(run, part, 8, size))
+    first = patiently(lambda: run.read_range(part, 0, _FIRST_BYTES))
+    size, content = int.from_bytes(first[:8], "little"), first[8:]
+    if size > len(content):
+        content += _read_range(run, part, 8 + len(content), size - len(content))
+    header = json.loads(content[:size])
     return {name: 8 + size + entry["data_offsets"][0] for name, entry in header.items()}
 
 

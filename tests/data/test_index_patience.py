@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,7 @@ import pytest
 from arvideo_dist import storage as storage_module
 from arvideo_dist.data.index import load_manifest, open_index
 from arvideo_dist.storage import Storage
-from tests.services.relays import CutOff
+from tests.services.relays import CutOff, Requests
 from tests.services.s3 import S3
 
 
@@ -31,7 +33,7 @@ def relay(s3: S3) -> Iterator[CutOff]:
     relay.close()
 
 
-@pytest.mark.parametrize("at", ["exists", "read_bytes", "local_copy"])
+@pytest.mark.parametrize("at", ["read_bytes", "local_copy"])
 def test_a_store_that_fails_while_a_worker_reads_the_index_loses_no_worker(
     s3: S3, in_s3: str, relay: CutOff, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: str
 ) -> None:
@@ -51,6 +53,23 @@ def test_a_store_that_fails_while_a_worker_reads_the_index_loses_no_worker(
         index = open_index(remote, "train", tmp_path)
     assert relay.refused
     assert len(index) == load_manifest(Storage(s3.uri(in_s3)), "train").samples
+
+
+def test_the_processes_of_a_node_fetch_the_index_once(s3: S3, in_s3: str, tmp_path: Path) -> None:
+    relay = Requests(s3.address)
+    remote = Storage(s3.uri(in_s3, through=relay.address))
+    together = threading.Barrier(8)
+
+    def open_with_others() -> int:
+        manifest = load_manifest(remote, "train")
+        together.wait()
+        return len(open_index(remote, "train", tmp_path, manifest))
+
+    with ThreadPoolExecutor(8) as processes:
+        opened = [processes.submit(open_with_others) for _ in range(8)]
+    assert [each.result() for each in opened] == [11] * 8
+    assert relay.seen.count(f"GET /{remote.path('index-train.parquet')}") == 1
+    relay.close()
 
 
 def test_a_look_at_a_store_that_is_away_is_answered_after_one_try(

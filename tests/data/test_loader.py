@@ -6,10 +6,12 @@ from __future__ import annotations
 import hashlib
 import itertools
 import os
+import pickle
 import signal
 import subprocess
 import sys
 import textwrap
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import fields, replace
 from pathlib import Path
@@ -30,7 +32,7 @@ from arvideo_dist.data.order import PAD, places_of_rank
 from arvideo_dist.data.reader import DataReadError, MemberReader
 from arvideo_dist.storage import Storage
 from tests.data.conftest import FRAMES
-from tests.services.relays import SlowStore
+from tests.services.relays import Requests, SlowStore
 from tests.services.s3 import S3
 
 SAMPLES = 11
@@ -220,7 +222,7 @@ def test_a_missing_shard_is_an_error_that_names_it(
 ) -> None:
     fresh_dataset.delete(shard_name("train", 1))
     loader = make_loader(fresh_dataset)
-    loader.samples.readers = [MemberReader(fresh_dataset, {}, retries=2, first_delay=0.01)]
+    loader.samples.readers = [MemberReader(fresh_dataset, "", retries=2, first_delay=0.01)]
     with pytest.raises(DataReadError, match=r"shard train-000001.tar of .* 3 attempts"):
         list(batches(loader))
 
@@ -253,7 +255,7 @@ def test_a_store_that_fails_for_a_while_loses_no_sample(
 ) -> None:
     loader = make_loader(dataset)
     flaky = FlakyStorage(dataset.uri, failures=3)
-    loader.samples.readers = [MemberReader(flaky, {}, retries=3, first_delay=0.01)]
+    loader.samples.readers = [MemberReader(flaky, "", retries=3, first_delay=0.01)]
     assert seen(loader) == expected
     assert flaky.failures == 0
 
@@ -263,7 +265,7 @@ def test_reading_past_the_shards_end_is_short_not_a_store_failure(fresh_dataset:
     with open(fresh_dataset.path(row.shard), "r+b") as file:
         file.truncate(row.offset + 10)
     with pytest.raises(BadSample, match="short read: 10 of"):
-        MemberReader(fresh_dataset, {}).read(row)
+        MemberReader(fresh_dataset, "").read(row)
 
 
 def test_missing_split_is_a_clear_error(dataset: Storage, make_loader: Callable) -> None:
@@ -501,6 +503,39 @@ def test_an_object_store_gives_the_same_clips(
     assert seen(make_loader(s3_dataset, workers=workers)) == expected
 
 
+def test_a_clip_is_one_request_to_an_object_store(s3_dataset: Storage, s3: S3, make_loader: Callable) -> None:
+    relay = Requests(s3.address)
+    loader = make_loader(Storage(s3.uri("clips/set", through=relay.address)))
+    loader.samples = pickle.loads(pickle.dumps(loader.samples))  # as it comes to a decode worker
+    relay.seen.clear()
+    assert sum(float(batch.weights.sum()) for batch in batches(loader)) == 3 * SAMPLES
+    read = Counter(request.rpartition("/")[2] for request in relay.seen if request.startswith("GET "))
+    assert read == {shard_name("train", 0): 12, shard_name("train", 1): 12, shard_name("train", 2): 9}
+    assert len(relay.seen) == 3 * SAMPLES, "nothing but these"
+    relay.close()
+
+
+def test_opening_a_data_set_reads_its_manifest_once(
+    s3_dataset: Storage, s3: S3, make_loader: Callable
+) -> None:
+    open_index(s3_dataset, "train")  # made on this node before
+    relay = Requests(s3.address)
+    make_loader(Storage(s3.uri("clips/set", through=relay.address)))
+    assert relay.seen == ["GET /clips/set/dataset-train.json"]
+    relay.close()
+
+
+def test_what_is_sent_to_a_decode_worker_does_not_grow_with_shards_or_rows(
+    tmp_path: Path, make_dataset: Callable, make_loader: Callable
+) -> None:
+    sent = []
+    for shards in (3, 1000):
+        storage = make_dataset(tmp_path / str(shards), [b"no video"] * shards, [40] * shards, per_shard=1)
+        loader = make_loader(storage, shard_cache=tmp_path / "cache", shard_cache_gib=1)
+        sent.append(len(pickle.dumps(loader.samples)))
+    assert abs(sent[1] - sent[0]) < 100
+
+
 def test_a_shard_cache_gives_the_same_clips_and_stays_within_its_bound(
     s3_dataset: Storage, make_loader: Callable, tmp_path: Path
 ) -> None:
@@ -510,16 +545,18 @@ def test_a_shard_cache_gives_the_same_clips_and_stays_within_its_bound(
     plain = seen(make_loader(s3_dataset, shuffle_block_shards=1))
     assert seen(make_loader(s3_dataset, **options)) == plain
     assert seen(make_loader(s3_dataset, workers=2, **options)) == plain
-    kept = {path.stem: path.stat().st_size for path in tmp_path.glob("*.tar")}
+    kept = {path.name: path.stat().st_size for path in tmp_path.glob("*.tar")}
     assert sum(kept.values()) <= two
-    assert kept.items() <= {shard.sha256: shard.size for shard in shards}.items()
+    assert {name[-len(shards[0].name) :]: size for name, size in kept.items()}.items() <= {
+        shard.name: shard.size for shard in shards
+    }.items()
     assert not list(tmp_path.glob("*.partial"))
 
 
 def test_cached_shards_are_fetched_once(s3_dataset: Storage, tmp_path: Path) -> None:
     shards = load_manifest(s3_dataset, "train").shards
     cache = ShardCache(tmp_path, sum(shard.size for shard in shards))
-    reader = MemberReader(s3_dataset, {shard.name: shard for shard in shards}, retries=0, cache=cache)
+    reader = MemberReader(s3_dataset, "digest", retries=0, cache=cache)
     rows = [open_index(s3_dataset, "train")[row] for row in range(SAMPLES)]
     first = [reader.read(row) for row in rows]
     for shard in shards:
@@ -537,21 +574,20 @@ def test_a_cache_fetch_that_was_killed_leaves_room_for_the_next(s3_dataset: Stor
     (tmp_path / "deadbeef.partial").write_bytes(bytes(10_000_000))
     shard = load_manifest(s3_dataset, "train").shards[0]
     cache = ShardCache(tmp_path, shard.size)
-    file = cache.open(s3_dataset, shard)
+    file = cache.open(s3_dataset, shard.name, "digest")
     assert file
     with file:
         assert len(file.read()) == shard.size
-    assert [path.name for path in tmp_path.iterdir() if path.suffix != ".lock"] == [f"{shard.sha256}.tar"]
+    assert [path.name for path in tmp_path.iterdir() if path.suffix != ".lock"] == [f"digest-{shard.name}"]
 
 
 def test_reads_pass_a_cache_that_fetches_of_others_fill_by_the_store(
     s3_dataset: Storage, tmp_path: Path
 ) -> None:
     """The bound holds also while shards are on their way: what has no room beside them is not kept."""
-    shards = {shard.name: shard for shard in load_manifest(s3_dataset, "train").shards}
     row = open_index(s3_dataset, "train")[0]
-    cache = ShardCache(tmp_path, shards[row.shard].size)
-    reader = MemberReader(s3_dataset, shards, retries=0, cache=cache)
+    cache = ShardCache(tmp_path, s3_dataset.size(row.shard))
+    reader = MemberReader(s3_dataset, "digest", retries=0, cache=cache)
     with cache._lock("another"):  # held by the process that fetches it
         (tmp_path / "another.partial").write_bytes(bytes(1000))
         assert reader.read(row) == replace(reader, cache=None).read(row)
@@ -565,7 +601,7 @@ def test_a_shard_larger_than_the_cache_is_a_clear_error(s3_dataset: Storage, tmp
     with pytest.raises(
         ValueError, match=r"does not fit into the shard cache of 10 bytes: raise data\.shard_cache_gib"
     ):
-        ShardCache(tmp_path, 10).open(s3_dataset, shard)
+        ShardCache(tmp_path, 10).open(s3_dataset, shard.name, "digest")
 
 
 def test_a_truncated_remote_shard_is_short_not_a_store_failure(s3_dataset: Storage, dataset: Storage) -> None:
@@ -573,7 +609,7 @@ def test_a_truncated_remote_shard_is_short_not_a_store_failure(s3_dataset: Stora
     s3_dataset.write_bytes("cut.tar", dataset.read_bytes(row.shard)[: row.offset + 10])
     for offset, size in ((row.offset, 10), (row.offset + 5000, 0)):
         with pytest.raises(BadSample, match=f"short read: {size} of"):
-            MemberReader(s3_dataset, {}, retries=0).read(replace(row, shard="cut.tar", offset=offset))
+            MemberReader(s3_dataset, "", retries=0).read(replace(row, shard="cut.tar", offset=offset))
 
 
 def test_an_index_that_is_not_the_manifests_is_refused(fresh_dataset: Storage, tmp_path: Path) -> None:
