@@ -105,6 +105,12 @@ class Storage:
         selector = pafs.FileSelector(self.path(folder), allow_not_found=True)
         return sorted(info.base_name for info in self.fs.get_file_info(selector))
 
+    def sizes(self, folder: str = "") -> dict[str, int]:
+        """Bytes of each file that stands directly in `folder`, by its base name, as one listing tells them."""
+        selector = pafs.FileSelector(self.path(folder), allow_not_found=True)
+        found = self.fs.get_file_info(selector)
+        return {info.base_name: int(info.size) for info in found if info.type == pafs.FileType.File}
+
     def read_bytes(self, name: str) -> bytes:
         with self.fs.open_input_stream(self.path(name), compression=None) as stream:
             return stream.read()
@@ -290,6 +296,9 @@ class PatientStorage(Storage):
     def names(self, folder: str = "") -> list[str]:
         return self._patiently(partial(super().names, folder))
 
+    def sizes(self, folder: str = "") -> dict[str, int]:
+        return self._patiently(partial(super().sizes, folder))
+
     def read_bytes(self, name: str) -> bytes:
         return self._patiently(partial(super().read_bytes, name))
 
@@ -314,7 +323,13 @@ class PatientStorage(Storage):
 
 
 def _with_limits(uri: str) -> str:
-    """`uri` with a bound on the time for which Google's client repeats a request: its own is 15 minutes."""
+    """`uri` with what the clients do not do by themselves.
+
+    Google's repeats a request for 15 minutes; it gets a bound. Amazon's opens a multipart upload, three requests,
+    also for what one request can send; it waits with that until a file is large.
+    """
+    if uri.startswith("s3://") and "allow_delayed_open=" not in uri:
+        return f"{uri}{'&' if '?' in uri else '?'}allow_delayed_open=true"
     if not uri.startswith(("gs://", "gcs://")) or "retry_limit_seconds=" in uri:
         return uri
     return f"{uri}{'&' if '?' in uri else '?'}retry_limit_seconds=30"
