@@ -103,12 +103,16 @@ def _item(row: tuple[Any, ...]) -> Item:
         source=source,
         path=os.fsdecode(path) if path is not None else None,
         file=file,
-        choices=tuple(tuple((each, name) for each, name in group) for group in json.loads(choices or "[]")),
+        choices=_choices(choices) if choices else (),
         label=label,
         label_name=label_name,
         extra=json.loads(extra) if extra else {},
         reason=reason,
     )
+
+
+def _choices(text: str) -> tuple[tuple[tuple[str, str], ...], ...]:
+    return tuple(tuple((path, file) for path, file in group) for group in json.loads(text))
 
 
 class NameTable:
