@@ -120,6 +120,12 @@ class Storage:
         selector = pafs.FileSelector(self.path(folder), allow_not_found=True)
         return sorted(info.base_name for info in self.fs.get_file_info(selector))
 
+    def sizes(self, folder: str = "") -> dict[str, int]:
+        """Bytes of each file that stands directly in `folder`, by its base name, as one listing tells them."""
+        selector = pafs.FileSelector(self.path(folder), allow_not_found=True)
+        found = self.fs.get_file_info(selector)
+        return {info.base_name: int(info.size) for info in found if info.type == pafs.FileType.File}
+
     def read_bytes(self, name: str) -> bytes:
         """All of member `name`; raises FileNotFoundError. One request to an S3 store."""
         if self._s3 is not None and (content := self._s3.read(self.path(name))) is not None:
@@ -310,6 +316,9 @@ class PatientStorage(Storage):
 
     def names(self, folder: str = "") -> list[str]:
         return self._patiently(partial(super().names, folder))
+
+    def sizes(self, folder: str = "") -> dict[str, int]:
+        return self._patiently(partial(super().sizes, folder))
 
     def read_bytes(self, name: str) -> bytes:
         return self._patiently(partial(super().read_bytes, name))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import signal
+import sqlite3
 import sys
 import time
 from contextlib import AbstractContextManager
@@ -105,6 +106,12 @@ def main() -> int:
         _fail(str(error), 2)
     except OSError as error:
         _fail(f"{error}; finished shards are kept: run the same command again once this is mended", 1)
+    except sqlite3.Error as error:  # of the lists of inputs and results
+        _fail(
+            f"a file in the temporary folder: {error}; let TMPDIR name a folder with more room. "
+            "Finished shards are kept: the same command continues",
+            1,
+        )
     except KeyboardInterrupt:
         _fail("interrupted; finished shards are kept: the same command continues", 130)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import re
 from collections.abc import Callable
@@ -10,14 +11,25 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from arvideo_dist.storage import Storage
-from data_prep import datasets, folder, synthetic
+from data_prep import datasets, folder, lists, synthetic
 from data_prep.errors import UserError
 from data_prep.isolation import Limits
-from data_prep.items import Inputs, Item
+from data_prep.items import Computed, Inputs, Item
 from data_prep.transcode import PROFILES, TranscodeSettings
 
 Arguments = argparse.Namespace
 _LEAST_MEMORY_GIB = 0.5  # of address space, of which ffmpeg takes a part before it reads anything
+
+
+def _finite(text: str) -> float:
+    """A number from the command line; argparse tells the user where this raises ValueError."""
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(text)
+    return number
+
+
+_finite.__name__ = "finite number"  # argparse's word for it
 
 
 def _common() -> argparse.ArgumentParser:
@@ -35,8 +47,8 @@ def _common() -> argparse.ArgumentParser:
     run = common.add_argument_group("running")
     run.add_argument("--workers", type=int, help="videos at a time on this machine (default: CPU cores)")
     run.add_argument("--ray-address", help="run as Ray tasks on this cluster instead: its address, or auto")
-    run.add_argument("--cpu-limit", type=float, default=120, help="CPU seconds a video, beside its length")
-    run.add_argument("--memory-limit", type=float, default=4, help="GiB of memory a video (default: 4)")
+    run.add_argument("--cpu-limit", type=_finite, default=120, help="CPU seconds a video, beside its length")
+    run.add_argument("--memory-limit", type=_finite, default=4, help="GiB of memory a video (default: 4)")
     encoding = common.add_argument_group("encoding (default: as the profile says)")
     encoding.add_argument(
         "--profile", choices=sorted(PROFILES), default="droppable", help="(default: droppable)"
@@ -114,7 +126,7 @@ def parser() -> argparse.ArgumentParser:
     )
     ava.add_argument(
         "--video-start",
-        type=float,
+        type=_finite,
         default=0.0,
         help="movie second at which the files begin (15-minute cuts: 900)",
     )
@@ -122,7 +134,7 @@ def parser() -> argparse.ArgumentParser:
         "list",
         "lists `path label`, as VideoMAE's",
         "the list",
-        lambda given: datasets.listed(given.annotations, given.videos, given.label_map),
+        lambda given: lists.listed(given.annotations, given.videos, given.label_map),
     )
     check = commands.add_parser("verify", help="read a finished data set again and check all it promises")
     look = commands.add_parser("stats", help="figures and pictures of what a data set holds")
@@ -157,14 +169,12 @@ def _synthetic_inputs(arguments: Arguments) -> Inputs:
     if arguments.width % 2 or arguments.height % 2:
         raise UserError(f"--width {arguments.width} --height {arguments.height}: both must be even")
     shape = {name: getattr(arguments, name) for name in ("width", "height", "frames", "fps")}
-    clips = (
-        synthetic.Clip(arguments.seed, arguments.split, index, **shape)
-        for index in range(arguments.num_videos)
-    )
-    items = [
-        Item(source=clip.source, clip=clip, label=clip.label, label_name=synthetic.CLASSES[clip.label])
-        for clip in clips
-    ]
+
+    def item(index: int) -> Item:
+        clip = synthetic.Clip(arguments.seed, arguments.split, index, **shape)
+        return Item(source=clip.source, clip=clip, label=clip.label, label_name=synthetic.CLASSES[clip.label])
+
+    items = Computed(arguments.num_videos, item)
     return Inputs(items, list(synthetic.CLASSES), {"source": "synthetic", "seed": arguments.seed, **shape})
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import ray
 
+from arvideo_dist.data.index import ShardEntry
 from arvideo_dist.storage import PatientStorage, Storage
 from data_prep.errors import UserError
 from data_prep.isolation import Limits, Prober
@@ -106,12 +107,19 @@ class RayPool:
         """Raises UserError where the shard was written to another machine's disk."""
         record: SliceRecord = self._get(handle)
         shard = record.shard
-        if shard and not (self._storage.exists(shard.name) and self._storage.size(shard.name) == shard.size):
+        # A bucket is the same for all machines.
+        if shard and self._storage.is_local and not self._is_here(shard):
             raise UserError(
                 f"{shard.name} was written, but is not in {self._storage.uri} as this machine sees it: with "
                 "--ray-address --out must be a folder that all nodes share, or s3://bucket/folder"
             )
         return record
+
+    def _is_here(self, shard: ShardEntry) -> bool:
+        try:
+            return self._storage.size(shard.name) == shard.size
+        except FileNotFoundError:
+            return False
 
     def _get(self, handle: ray.ObjectRef) -> Any:
         try:

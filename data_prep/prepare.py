@@ -17,20 +17,24 @@ import importlib.metadata
 import json
 import os
 import sys
-from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from tqdm import tqdm
 
 from arvideo_dist.data.index import (
     FORMAT_VERSION,
+    INDEX_SCHEMA,
+    REJECTS_SCHEMA,
     DatasetManifest,
+    ShardEntry,
     index_name,
     load_manifest,
     manifest_name,
@@ -38,19 +42,21 @@ from arvideo_dist.data.index import (
 )
 from arvideo_dist.storage import Storage
 from data_prep.errors import UserError
-from data_prep.items import DUPLICATE, Inputs, Item, shuffled
+from data_prep.items import DUPLICATE, Computed, Inputs, Item, shuffled
+from data_prep.ledger import Ledger
 from data_prep.shards import (
     RETRIED_MANIFEST,
     Outcome,
-    Part,
     SliceRecord,
     clear_progress,
-    finished_parts,
+    finished_slices,
     labels_name,
     progress_folder,
-    publish,
     read_table,
+    table_batches,
+    write_table,
 )
+from data_prep.table import NameTable
 from data_prep.transcode import TranscodeSettings, ffmpeg
 
 _RETRY_STATE = {"retried.json", "base-index.parquet", "base-rejects.parquet", RETRIED_MANIFEST}
@@ -113,10 +119,11 @@ def _refuse_mixture(storage: Storage, split: str, old: dict[str, Any], new: dict
 class _Plan:
     """What is left to make, and what is there already."""
 
-    items: list[Item]
-    first_slice: int
-    base: Part | None  # the finished split, where its rejects are retried
-    refused: list[tuple[str, str]]  # inputs that need no slice: known to be impossible
+    items: Sequence[Item]
+    first_slice: int = 0
+    base_shards: list[ShardEntry] = field(default_factory=list)  # of the split whose rejects are retried
+    base_index: str | None = None  # its index, in the progress folder
+    refused: Iterable[tuple[str, str]] = ()  # inputs that need no slice: known to be impossible
 
 
 def _plan(
@@ -140,38 +147,57 @@ def _plan(
             )
         else:
             _begin(storage, split, settings)
-        return _Plan(shuffled(inputs.items, settings["seed"]), 0, None, [])
+        return _Plan(shuffled(inputs.items, settings["seed"]))
     _refuse_mixture(storage, split, manifest.settings, settings)
     if not (retry or retrying) or not manifest.rejects:
         return manifest
     if not retrying:
         _begin_retry(storage, split, manifest, inputs)
-    old_index = read_table(storage, f"{folder}/base-index.parquet")
-    old_rejects = read_table(storage, f"{folder}/base-rejects.parquet")
-    samples, again = (set(table["source"].to_pylist()) for table in (old_index, old_rejects))
-    chosen = set(json.loads(storage.read_bytes(f"{folder}/retried.json")))
-    tried: list[Item] = []
-    refused: list[tuple[str, str]] = []
-    for item in inputs.items:
-        if item.source not in again:
-            continue
-        if item.source in chosen and item.reason != DUPLICATE:
-            tried.append(item)
-        elif item.reason is not None:
-            refused.append((item.source, item.reason))
-        elif item.source not in samples:
-            refused.append((item.source, "missing: it was not there when the retry began"))
+    again, samples, chosen = NameTable(), NameTable(), NameTable()
+    again.add(_sources(storage, f"{folder}/base-rejects.parquet"))
+    samples.add(name for name in _sources(storage, f"{folder}/base-index.parquet") if name in again)
+    chosen.add(json.loads(storage.read_bytes(f"{folder}/retried.json")))
+
+    def is_tried(item: Item) -> bool:
+        return item.source in chosen and item.reason != DUPLICATE
+
+    def refused() -> Iterator[tuple[str, str]]:
+        for item in inputs.items:
+            if item.source in again and not is_tried(item):
+                if item.reason is not None:
+                    yield item.source, item.reason
+                elif item.source not in samples:
+                    yield item.source, "missing: it was not there when the retry began"
+
+    items = enumerate(inputs.items)
+    places = np.array([at for at, item in items if item.source in again and is_tried(item)], dtype=np.int64)
+    tried = Computed(len(places), lambda place: inputs.items[int(places[place])])
     numbers = [int(shard.name.removeprefix(f"{split}-").removesuffix(".tar")) for shard in manifest.shards]
-    base = Part(old_index, old_rejects.slice(0, 0), manifest.shards)
-    return _Plan(shuffled(tried, settings["seed"]), max(numbers, default=-1) + 1, base, refused)
+    return _Plan(
+        shuffled(tried, settings["seed"]),
+        max(numbers, default=-1) + 1,
+        manifest.shards,
+        f"{folder}/base-index.parquet",
+        refused(),
+    )
+
+
+def _sources(storage: Storage, name: str) -> Iterator[str]:
+    for table in table_batches(storage, name, ["source"]):
+        yield from table["source"].to_pylist()
 
 
 def _begin_retry(storage: Storage, split: str, manifest: DatasetManifest, inputs: Inputs) -> None:
     """Keep what is about to be replaced, and fix which inputs are tried: more may turn up until the end."""
     folder = progress_folder(split)
-    again = set(read_table(storage, manifest.rejects_file.name)["source"].to_pylist())
-    samples = set(read_table(storage, manifest.index.name)["source"].to_pylist())
-    chosen = [item.source for item in inputs.items if item.reason is None and item.source in again - samples]
+    again, samples = NameTable(), NameTable()
+    again.add(_sources(storage, manifest.rejects_file.name))
+    samples.add(name for name in _sources(storage, manifest.index.name) if name in again)
+    chosen = [
+        item.source
+        for item in inputs.items
+        if item.reason is None and item.source in again and item.source not in samples
+    ]
     storage.write_bytes(f"{folder}/retried.json", json.dumps(chosen).encode())
     for source, copy in (
         (manifest.index.name, "base-index.parquet"),
@@ -203,14 +229,16 @@ def prepare(
         return plan, False
     size = settings["shard_size"]
     numbers = range(plan.first_slice, plan.first_slice + -(-len(plan.items) // size))
-    parts = finished_parts(storage, split, numbers)
-    done = sum(part.index.num_rows + part.rejects.num_rows for part in parts.values())
+    ledger = Ledger()
+    for number, record in finished_slices(storage, split, numbers):
+        ledger.add(number, record)
+    done = ledger.samples + ledger.rejects
     todo = (
         (number, plan.items[(number - plan.first_slice) * size : (number - plan.first_slice + 1) * size])
         for number in numbers
-        if number not in parts
+        if number not in ledger
     )
-    rejects = sum(part.rejects.num_rows for part in parts.values())
+    rejects = ledger.rejects
     pace = 0.2 if sys.stderr.isatty() else 10.0  # seconds between lines
     with tqdm(total=len(plan.items), initial=done, unit="video", desc=split, mininterval=pace) as bar:
         if done < len(plan.items):
@@ -221,13 +249,39 @@ def prepare(
                         bar.set_postfix(rejects=rejects, refresh=False)
                         bar.update()
                     else:
-                        parts[result[0]] = Part.of(result[1])
-    made = [parts[number] for number in numbers]
-    if plan.base:
-        made = [plan.base, *made]
-    made.append(Part.of(SliceRecord(shard=None, rows=[], rejects=plan.refused)))
-    manifest = publish(storage, split, made, inputs.labels, settings, fingerprint(settings))
+                        ledger.add(*result)
+    ledger.refuse(plan.refused)
+    manifest = publish(storage, split, ledger, plan, inputs.labels, settings)
     return manifest, True
+
+
+def publish(
+    storage: Storage,
+    split: str,
+    ledger: Ledger,
+    plan: _Plan,
+    labels: list[str],
+    settings: dict[str, Any],
+) -> DatasetManifest:
+    """Write index, rejects and label names, then the manifest that makes the split exist."""
+    base = table_batches(storage, plan.base_index) if plan.base_index else iter(())
+    shards = [*plan.base_shards, *ledger.shards()]
+    if labels:
+        storage.write_bytes(labels_name(split), "".join(f"{label}\n" for label in labels).encode())
+    manifest = DatasetManifest(
+        split=split,
+        samples=sum(shard.samples for shard in shards),
+        rejects=ledger.rejects,
+        labels=labels,
+        settings=settings,
+        fingerprint=fingerprint(settings),
+        index=write_table(storage, index_name(split), INDEX_SCHEMA, chain(base, ledger.index())),
+        rejects_file=write_table(storage, rejects_name(split), REJECTS_SCHEMA, ledger.rejected()),
+        shards=shards,
+    )
+    storage.write_bytes(manifest_name(split), manifest.model_dump_json(indent=1).encode())
+    clear_progress(storage, split)
+    return manifest
 
 
 @dataclass
@@ -240,7 +294,7 @@ class _Slice:
 
 
 def _work(
-    todo: Iterator[tuple[int, list[Item]]], executor: Executor
+    todo: Iterator[tuple[int, Sequence[Item]]], executor: Executor
 ) -> Iterator[Outcome | tuple[int, SliceRecord]]:
     """Outcomes and finished slices as they come; `executor.slots` videos at a time, of as few slices as keep them
     at work: of small slices, or ones whose inputs are mostly missing, more are open."""
@@ -296,7 +350,7 @@ def _work(
                 close_if_complete(current)
 
 
-def _largest_first(items: list[Item]) -> Iterator[tuple[int, Item]]:
+def _largest_first(items: Sequence[Item]) -> Iterator[tuple[int, Item]]:
     """A slice's items with their places in it: the last ones to run are short, so no worker waits long for them."""
 
     def size(item: Item) -> int:
@@ -331,13 +385,13 @@ def sole_writer(storage: Storage, split: str) -> Iterator[None]:
 
 def summary(storage: Storage, manifest: DatasetManifest, remarks: list[str], seconds: float | None) -> str:
     """The closing words for the terminal; `seconds` none where there was nothing left to do."""
-    index, rejects = (read_table(storage, file.name) for file in (manifest.index, manifest.rejects_file))
+    kinds = reject_kinds(read_table(storage, manifest.rejects_file.name, ["reason"]))
     size = sum(shard.size for shard in manifest.shards)
-    hours = (pc.sum(index["duration"]).as_py() or 0) / 3600
+    hours = (pc.sum(read_table(storage, manifest.index.name, ["duration"])["duration"]).as_py() or 0) / 3600
     total = manifest.samples + manifest.rejects
     made = f"{manifest.samples} samples in {len(manifest.shards)} shard(s)"
     lines = [f"{total} inputs: {made}, {manifest.rejects} rejected"]
-    lines += [f"  {count} x {reason}" for reason, count in reject_kinds(rejects)]
+    lines += [f"  {count} x {reason}" for reason, count in kinds]
     lines += [f"  {remark}" for remark in remarks]
     lines.append(f"{hours:.2f} hours of video, {size / 2**20:.1f} MiB, {len(manifest.labels)} labels")
     if seconds is None:
@@ -351,4 +405,6 @@ def summary(storage: Storage, manifest: DatasetManifest, remarks: list[str], sec
 
 def reject_kinds(rejects: pa.Table) -> list[tuple[str, int]]:
     """Kinds of reasons (the words before the colon) and how often each occurs, most frequent first."""
-    return Counter(reason.split(":")[0] for reason in rejects["reason"].to_pylist()).most_common()
+    kinds = pc.list_element(pc.split_pattern(rejects["reason"], ":", max_splits=1), 0)
+    counted = [(each["values"].as_py(), each["counts"].as_py()) for each in pc.value_counts(kinds)]
+    return sorted(counted, key=lambda kind: -kind[1])

@@ -1,4 +1,4 @@
-"""From finished videos to published files: a tar and a record for each slice, then the index and manifest.
+"""From finished videos to files: a tar and a record for each slice, and tables of their rows.
 
 A slice is the fixed run of inputs that one shard is made from. Its record says what became of each of them
 and is written after the shard, so a slice is either done or not begun, whenever the program ends.
@@ -6,10 +6,12 @@ and is written after the shard, so a slice is either done or not begun, whenever
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-import io
 import json
-from collections.abc import Iterable
+import tempfile
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,19 +20,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import BaseModel
 
-from arvideo_dist.data.index import (
-    INDEX_SCHEMA,
-    REJECTS_SCHEMA,
-    DatasetManifest,
-    FileEntry,
-    ShardEntry,
-    index_name,
-    manifest_name,
-    rejects_name,
-    shard_name,
-)
+from arvideo_dist.data.index import FileEntry, ShardEntry, shard_name
 from arvideo_dist.storage import Storage
 
+_READERS = 16  # of records at a time: a store answers each after some tens of milliseconds
+_BATCH_ROWS = 2**16
 RETRIED_MANIFEST = "base-manifest.json"  # in the progress folder: of the split whose rejects are retried
 
 
@@ -119,69 +113,22 @@ def write_slice(storage: Storage, split: str, number: int, outcomes: Iterable[Ou
     return record
 
 
-@dataclass(frozen=True)
-class Part:
-    """Some of the split's rows, as tables: index rows are all that grows with the number of videos."""
+def finished_slices(storage: Storage, split: str, numbers: range) -> Iterator[tuple[int, SliceRecord]]:
+    """The slices among `numbers` that have a record and whose shard is there in the size that it states.
 
-    index: pa.Table
-    rejects: pa.Table
-    shards: list[ShardEntry]
-
-    @classmethod
-    def of(cls, record: SliceRecord) -> Part:
-        rejects = {
-            "source": [source for source, _ in record.rejects],
-            "reason": [reason for _, reason in record.rejects],
-        }
-        return cls(
-            pa.Table.from_pylist(record.rows, INDEX_SCHEMA),
-            pa.table(rejects, REJECTS_SCHEMA),
-            [record.shard] if record.shard else [],
-        )
-
-
-def finished_parts(storage: Storage, split: str, numbers: range) -> dict[int, Part]:
-    """The slices among `numbers` that have a record and whose shard is there in the size that it states."""
-    names = set(storage.names(progress_folder(split)))
-    parts = {}
-    for number in numbers:
-        name = record_name(split, number)
-        if name.rpartition("/")[2] not in names:
-            continue
-        record = SliceRecord.model_validate_json(storage.read_bytes(name))
-        shard = record.shard
-        if shard is None or (storage.exists(shard.name) and storage.size(shard.name) == shard.size):
-            parts[number] = Part.of(record)
-    return parts
-
-
-def publish(
-    storage: Storage,
-    split: str,
-    parts: list[Part],
-    labels: list[str],
-    settings: dict[str, Any],
-    fingerprint: str,
-) -> DatasetManifest:
-    """Write index, rejects and label names, then the manifest that makes the split exist."""
-    index = pa.concat_tables(part.index for part in parts)
-    rejects = pa.concat_tables(part.rejects for part in parts).sort_by([("source", "ascending")])
-    if labels:
-        storage.write_bytes(labels_name(split), "".join(f"{label}\n" for label in labels).encode())
-    manifest = DatasetManifest(
-        split=split,
-        samples=index.num_rows,
-        rejects=rejects.num_rows,
-        labels=labels,
-        settings=settings,
-        fingerprint=fingerprint,
-        index=_write_table(storage, index_name(split), index),
-        rejects_file=_write_table(storage, rejects_name(split), rejects),
-        shards=[shard for part in parts for shard in part.shards],
-    )
-    storage.write_bytes(manifest_name(split), manifest.model_dump_json(indent=1).encode())
-    clear_progress(storage, split)
-    return manifest
+    Two listings say what is there; the records are read some at a time.
+    """
+    noted, sizes = storage.sizes(progress_folder(split)), storage.sizes()
+    names = {number: record_name(split, number) for number in numbers}
+    begun = [number for number in numbers if names[number].rpartition("/")[2] in noted]
+    with ThreadPoolExecutor(_READERS) as threads:
+        for first in range(0, len(begun), 4 * _READERS):
+            batch = begun[first : first + 4 * _READERS]
+            contents = threads.map(lambda number: storage.read_bytes(names[number]), batch)
+            for number, content in zip(batch, contents, strict=True):
+                record = SliceRecord.model_validate_json(content)
+                if record.shard is None or sizes.get(record.shard.name) == record.shard.size:
+                    yield number, record
 
 
 def clear_progress(storage: Storage, split: str) -> None:
@@ -194,19 +141,46 @@ def clear_progress(storage: Storage, split: str) -> None:
     storage.delete(progress_folder(split))
 
 
-def read_table(storage: Storage, name: str) -> pa.Table:
-    """A Parquet member of the storage.
+def read_table(storage: Storage, name: str, columns: list[str] | None = None) -> pa.Table:
+    """A Parquet member of the storage, or some columns of it.
 
     By one thread: the readers that `pq.read_table` starts may still hold the bytes, a Python object, while the
     interpreter ends, which aborts the process (github.com/apache/arrow/issues/34314).
     """
-    with pq.ParquetFile(pa.BufferReader(storage.read_bytes(name))) as file:
-        return file.read(use_threads=False)
+    with _opened(storage, name) as file:
+        return file.read(columns, use_threads=False)
 
 
-def _write_table(storage: Storage, name: str, table: pa.Table) -> FileEntry:
-    buffer = io.BytesIO()
-    pq.write_table(table, buffer, compression="zstd")
-    data = buffer.getvalue()
-    storage.write_bytes(name, data)
-    return FileEntry(name=name, size=len(data), sha256=hashlib.sha256(data).hexdigest())
+def table_batches(storage: Storage, name: str, columns: list[str] | None = None) -> Iterator[pa.Table]:
+    """The same, some rows at a time."""
+    with _opened(storage, name) as file:
+        for batch in file.iter_batches(_BATCH_ROWS, columns=columns, use_threads=False):
+            yield pa.Table.from_batches([batch])
+
+
+@contextlib.contextmanager
+def _opened(storage: Storage, name: str) -> Iterator[pq.ParquetFile]:
+    with (
+        tempfile.TemporaryDirectory() as scratch,
+        pq.ParquetFile(storage.local_copy(name, Path(scratch)), memory_map=True, pre_buffer=False) as file,
+    ):
+        yield file
+
+
+def write_table(storage: Storage, name: str, schema: pa.Schema, tables: Iterable[pa.Table]) -> FileEntry:
+    """Publish the rows of `tables` as a Parquet member, holding some thousands of them at a time."""
+    with tempfile.TemporaryDirectory() as scratch:
+        aside = Path(scratch) / name
+        with pq.ParquetWriter(aside, schema, compression="zstd") as writer:
+            waiting = [schema.empty_table()]
+            for table in tables:
+                waiting.append(table)
+                if sum(each.num_rows for each in waiting) >= _BATCH_ROWS:
+                    writer.write_table(pa.concat_tables(waiting).combine_chunks())
+                    waiting = []
+            if waiting:
+                writer.write_table(pa.concat_tables(waiting).combine_chunks())
+        with open(aside, "rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        storage.put_file(aside, name)
+        return FileEntry(name=name, size=aside.stat().st_size, sha256=digest)

@@ -48,7 +48,8 @@ def stats(storage: Storage, split: str) -> str:
         lines.append(
             f"in all {seconds / 3600:.2f} hours, {size / 2**20:.1f} MiB, {len(manifest.shards)} shards"
         )
-    counts = Counter(name for name in index["label_name"].to_pylist() if name is not None)
+    named = pc.value_counts(index["label_name"].drop_null())
+    counts = Counter({each["values"].as_py(): each["counts"].as_py() for each in named})
     if counts:
         least, most = min(counts.values()), max(counts.values())
         lines.append(

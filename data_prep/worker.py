@@ -13,6 +13,7 @@ import stat
 import tempfile
 import threading
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -34,10 +35,42 @@ _TRIES = 6  # of one video, where its helpers are killed from outside (an operat
 def process(item: Item, folder: Path, settings: TranscodeSettings, limits: Limits, prober: Prober) -> Outcome:
     """Make the sample of `item`, its video a file in `folder`, or say why there is none.
 
-    A helper that crashes or meets a limit gets one more try, one that somebody kills a few. Raises OSError
-    where the machine, not the input, is at fault (a full disk, a mount that stays away).
+    Of several files that it may be the one that is sound is taken; none if there are more that differ, since
+    nothing tells which is meant. Raises OSError if the machine, not the input, is at fault (a full disk, a mount
+    that stays away).
     """
     target = folder / f"{item.key}.mp4"
+    if not item.choices:
+        return _processed(item, target, settings, limits, prober)
+    refused: list[tuple[str, str]] = []
+    for group in item.choices:
+        taken: tuple[str, Outcome] | None = None
+        for path, file in group:
+            staged = target if taken is None else target.with_suffix(".other.mp4")
+            one = replace(item, path=path, file=file, choices=())
+            outcome = _processed(one, staged, settings, limits, prober)
+            if outcome.sample is None:
+                refused.append((file, outcome.reason or ""))
+            elif taken is None:
+                taken = file, outcome
+            else:
+                staged.unlink()
+                if taken[1].sample and outcome.sample.sha256 != taken[1].sample.sha256:
+                    target.unlink()
+                    return Outcome(item.source, reason=f"ambiguous: videos that differ: {taken[0]}, {file}")
+        if taken:
+            return taken[1]
+    names = ", ".join(file for file, _ in refused)
+    return Outcome(item.source, reason=f"{refused[0][1]} (none of these is sound: {names})")
+
+
+def _processed(
+    item: Item, target: Path, settings: TranscodeSettings, limits: Limits, prober: Prober
+) -> Outcome:
+    """The outcome for the one file or clip of `item`, its video written to `target`.
+
+    A helper that crashes or meets a limit gets one more try, one that somebody kills a few.
+    """
     tries, crashes = 0, 0
     while True:
         try:

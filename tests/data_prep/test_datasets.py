@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from data_prep import boxes, datasets, folder
+from data_prep import boxes, datasets, folder, labels, lists
 from data_prep.errors import Rejected, UserError
 from data_prep.items import Inputs, Item
 from data_prep.probe import VideoInfo
@@ -51,8 +51,11 @@ def test_kinetics_400_val_whole(shared_dir: Path, tmp_path: Path) -> None:
         "0wR5jVB-WPk_000417_000427": "abseiling/0wR5jVB-WPk_000417_000427.mp4",
         "--nQbRBEz2s_000104_000114": "--nQbRBEz2s_000104_000114.mkv",
         "3caPS4FHFF8_000036_000046": "abseiling/3caPS4FHFF8_000036_000046.mp4",
+        "2cPLjY5AWXU_000001_000011": "x/2cPLjY5AWXU_000001_000011.mp4",
     }
-    assert items["2cPLjY5AWXU_000001_000011"].reason == "ambiguous: 2 videos of this name"
+    # Which of two without a better claim is taken is decided when they are read.
+    (both,) = items["2cPLjY5AWXU_000001_000011"].choices
+    assert [name for _, name in both] == [f"{folder}/2cPLjY5AWXU_000001_000011.mp4" for folder in "xy"]
     assert sum(item.reason == "missing: no video of this name" for item in inputs.items) == 19_902
 
 
@@ -109,7 +112,7 @@ def test_ssv2_test_answers_and_the_publishers_label_numbers(shared_dir: Path, tm
         datasets.ssv2(test, str(tmp_path), label_map, str(annotations / "ssv2_test-answers.csv"))
     )
     assert answered["1420"].label_name == "Throwing something"
-    numbered = datasets.read_label_map(str(annotations / "ssv2_labels.json"))
+    numbered = labels.read_label_map(str(annotations / "ssv2_labels.json"))
     stated = json.loads((annotations / "ssv2_labels.json").read_text())
     assert {name: index for index, name in enumerate(numbered) if name} == {
         name: int(index) for name, index in stated.items()
@@ -189,19 +192,19 @@ item { name: "stand" id: 12 label_type: PERSON_MOVEMENT }
 def test_avas_own_label_files_number_its_labels(tmp_path: Path, text: str) -> None:
     path = tmp_path / "ava_action_list_v2.2.pbtxt"
     path.write_text(text)
-    labels = datasets.read_label_map(str(path))
-    assert len(labels) == 13
-    assert {index: name for index, name in enumerate(labels) if name} == {
+    names = labels.read_label_map(str(path))
+    assert len(names) == 13
+    assert {index: name for index, name in enumerate(names) if name} == {
         1: "bend/bow (at the waist)",
         11: "answer phone",
         12: "stand",
     }
     path.write_text('item {\n  name: "stand"\n}\n')
     with pytest.raises(UserError, match="no name and number in 'name: \"stand\"'"):
-        datasets.read_label_map(str(path))
+        labels.read_label_map(str(path))
     path.write_text("stand\n")
     with pytest.raises(UserError, match="it names no labels"):
-        datasets.read_label_map(str(path))
+        labels.read_label_map(str(path))
 
 
 def test_ava_actions_that_the_label_map_does_not_name_are_refused(tmp_path: Path) -> None:
@@ -227,41 +230,13 @@ def test_ava_rows_are_grouped_by_video(shared_dir: Path, tmp_path: Path) -> None
     ]
 
 
-def test_lists_take_blanks_in_paths_numbers_and_names(tmp_path: Path) -> None:
-    touch(tmp_path, "a b/one two.mp4", "[x] (HQ) 300+.avi")
-    numbers = tmp_path / "numbers.txt"
-    numbers.write_text("a b/one two.mp4 2\n[x] (HQ) 300+.avi 0\nmissing one.mp4 1\n\n")
-    items = by_source(datasets.listed(str(numbers), None, None))
-    assert (items["a b/one two.mp4"].label, items["[x] (HQ) 300+.avi"].label) == (2, 0)
-    assert items["missing one.mp4"].reason == "missing: no file of this name"
-    names = tmp_path / "names.txt"
-    names.write_text(f"{tmp_path / 'a b/one two.mp4'}  label_2\n[x] (HQ) 300+.avi\tlabel_1\n")
-    inputs = datasets.listed(str(names), str(tmp_path), None)
-    assert inputs.labels == ["label_1", "label_2"]
-    assert [item.label for item in inputs.items] == [1, 0]
-    assert all(Path(item.path or "").is_file() for item in inputs.items)
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("alone.mp4\n", "line 1 is not `path label`"),
-        ("", "it lists no videos"),
-    ],
-)
-def test_bad_lists_are_refused(tmp_path: Path, text: str, message: str) -> None:
-    (tmp_path / "list.txt").write_text(text)
-    with pytest.raises(UserError, match=message):
-        datasets.listed(str(tmp_path / "list.txt"), None, None)
-
-
 def test_annotation_mistakes_name_file_and_line(tmp_path: Path) -> None:
     bad = tmp_path / "bad.csv"
     bad.write_text("label,youtube_id\nx,y\n")
     with pytest.raises(UserError, match="no column time_end, time_start"):
         datasets.kinetics("kinetics400", str(bad), str(tmp_path), None)
     bad.write_text("youtube_id,time_start,time_end\ny,1,2\nz,one,2\n")
-    with pytest.raises(UserError, match="line 3 has no times"):
+    with pytest.raises(UserError, match="line 3: time_start is 'one', not a finite number"):
         datasets.kinetics("kinetics400", str(bad), str(tmp_path), None)
     with pytest.raises(UserError, match="No such file"):
         datasets.kinetics("kinetics400", str(tmp_path / "absent.csv"), str(tmp_path), None)
@@ -271,14 +246,14 @@ def test_annotation_mistakes_name_file_and_line(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="line 1 has 4 columns"):
         datasets.ava(str(bad), str(tmp_path), None, 0)
     bad.write_text("abc,902,0.1,0.1,0.2,0.2,3,1\nabc,soon,0.1,0.1,0.2,0.2,3,1\n")
-    with pytest.raises(UserError, match="line 2: could not convert string to float: 'soon'"):
+    with pytest.raises(UserError, match="line 2: the time is 'soon', not a finite number"):
         datasets.ava(str(bad), str(tmp_path), None, 0)
     (tmp_path / "labels.json").write_text('["a", "b"]')
-    with pytest.raises(UserError, match=r'not a JSON object of \{"name": index\}'):
-        datasets.read_label_map(str(tmp_path / "labels.json"))
+    with pytest.raises(UserError, match=r'not a JSON object of \{"name": number\}'):
+        labels.read_label_map(str(tmp_path / "labels.json"))
     (tmp_path / "list.txt").write_text("a.mp4 1\n")
     with pytest.raises(UserError, match="--videos /nowhere: no such folder"):
-        datasets.listed(str(tmp_path / "list.txt"), "/nowhere", None)
+        lists.listed(str(tmp_path / "list.txt"), "/nowhere", None)
 
 
 def test_videos_in_a_folder_that_cannot_be_entered_are_not_called_missing(
@@ -291,9 +266,9 @@ def test_videos_in_a_folder_that_cannot_be_entered_are_not_called_missing(
     assert datasets.kinetics(*arguments).items[0].reason is None
     scandir = os.scandir
 
-    def refusing(path: Path) -> object:
-        if path.name == "closed":
-            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+    def refusing(path: str) -> object:
+        if path.endswith("/closed"):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
         return scandir(path)
 
     monkeypatch.setattr(os, "scandir", refusing)
@@ -310,7 +285,128 @@ def test_paths_of_videos_hold_wherever_a_worker_stands(
     monkeypatch.chdir(tmp_path)
     for inputs in (
         datasets.kinetics("kinetics400", "list.csv", "videos", None),
-        datasets.listed("list.txt", None, None),
+        lists.listed("list.txt", None, None),
         folder.read("videos", labels_from_folders=False),
     ):
         assert inputs.items[0].path == str(tmp_path / "videos/y_000001_000002.mp4")
+
+
+KINETICS = "label,youtube_id,time_start,time_end\n"
+
+
+@pytest.mark.parametrize("value", ["inf", "-inf", "nan", "1e400", "-5", "20", "", "ten"])
+def test_times_of_kinetics_that_are_none_name_file_and_line(tmp_path: Path, value: str) -> None:
+    rows = tmp_path / "rows.csv"
+    rows.write_text(f"{KINETICS}run,abc,1,11\nrun,def,{value},10\n")
+    with pytest.raises(UserError, match=r"rows.csv: line 3: (time_start is|the video is said to last from)"):
+        datasets.kinetics("kinetics400", str(rows), str(tmp_path), None)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('run,abc,1,11\n"run,def,1,11\n', "line 3: unexpected end of data: is a quotation mark open"),
+        (f'"{"x" * 200_000}",abc,1,11\n', "line 2: field larger than field limit"),
+        ("run,abc,1,11,12\n", "line 2 has 5 columns, the first line 4"),
+        ("run,abc,1\n", "line 2 has 3 columns, the first line 4"),
+        ("run,,1,11\n", "line 2: youtube_id is '', not a text"),
+        ('"run\nfast",abc,1,11\n', r"line 3: label 'run\\nfast' holds a line break"),
+    ],
+)
+def test_damaged_rows_of_kinetics_name_file_and_line(tmp_path: Path, text: str, message: str) -> None:
+    rows = tmp_path / "rows.csv"
+    rows.write_text(KINETICS + text)
+    with pytest.raises(UserError, match=message):
+        datasets.kinetics("kinetics400", str(rows), str(tmp_path), None)
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        *(
+            (f"abc,{time},0.1,0.1,0.9,0.9,12,0", "line 2: the time is")
+            for time in ("inf", "nan", "1e400", "-5")
+        ),
+        *((f"abc,902,{x},0.1,0.9,0.9,12,0", "line 2: x1 is") for x in ("inf", "nan", "1e400", "x")),
+        ("abc,902,0.5,0.1,0.2,0.9,12,0", "line 2: the box ends before it begins: 0.5,0.1,0.2,0.9"),
+        ("abc,902,0.1,0.1,0.9,0.9,1e400,0", "line 2: the action is '1e400', not a whole number"),
+        ("abc,902,0.1,0.1,0.9,0.9,12,-1", "line 2: the person is '-1', not a whole number"),
+        (",902,0.1,0.1,0.9,0.9,12,0", "line 2: video is '', not a text"),
+    ],
+)
+def test_rows_of_ava_that_are_no_boxes_name_file_and_line(tmp_path: Path, row: str, message: str) -> None:
+    rows = tmp_path / "ava.csv"
+    rows.write_text(f"abc,0902,0.1,0.1,0.9,0.9,12,0\n{row}\n")
+    with pytest.raises(UserError, match=rf"ava.csv: {message}"):
+        datasets.ava(str(rows), str(tmp_path), None, 900.0)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('[\n{"id": 1e400}]', 'line 2: an entry without a text or number "id"'),
+        ('[\n{"id": "1"},\n{"id": null}]', 'line 3: an entry without a text or number "id"'),
+        ('[{"id": "1", "template": 5}]', "line 1: template is 5, not a text"),
+        ('[{"id": "1", "label": Infinity}]', "line 1: label is inf, not a text"),
+        ('[{"id": "\\ud800"}]', "line 1: id .* control character"),
+        ("[" * 100_000, "line 1: not JSON: maximum recursion depth"),
+        ('[{"id": "1"}\n{"id": "2"}]', "not a whole JSON list"),
+        ('[{"id": "1"},\n', "line 2: not JSON"),
+        ('{"id": "1"}', "not a JSON list"),
+    ],
+)
+def test_entries_of_ssv2_that_are_none_name_file_and_line(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "rows.json").write_text(text)
+    with pytest.raises(UserError, match=rf"rows.json: {message}"):
+        datasets.ssv2(str(tmp_path / "rows.json"), str(tmp_path), None, None)
+
+
+def test_other_lines_that_are_none_name_file_and_line(tmp_path: Path) -> None:
+    (tmp_path / "rows.json").write_text('[{"id": "1"}]')
+    (tmp_path / "answers.csv").write_text("1;run\n2 run\n")
+    with pytest.raises(UserError, match=r"answers.csv: line 2 is not `id;label`: '2 run'"):
+        datasets.ssv2(str(tmp_path / "rows.json"), str(tmp_path), None, str(tmp_path / "answers.csv"))
+    (tmp_path / "run_test_split1.txt").write_text("a.avi 1 \nb.avi 3\n")
+    with pytest.raises(UserError, match=r"run_test_split1.txt: line 2 is not `<video> 0\|1\|2`: 'b.avi 3'"):
+        datasets.hmdb51(str(tmp_path), str(tmp_path), 1, "train")
+
+
+@pytest.mark.parametrize("number", ["1e400", "1.5", "-1", "true", '"²"', "NaN", "[0]", "1" * 30])
+def test_label_numbers_that_are_none_are_refused(tmp_path: Path, number: str) -> None:
+    path = tmp_path / "labels.json"
+    path.write_text(f'{{"run": 0, "jump": {number}}}')
+    with pytest.raises(UserError, match=r"labels.json: not a JSON object of .*: 'jump' has"):
+        labels.read_label_map(str(path))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("0: run\njump\n", "line 2 is not `number: name` as others are: 'jump'"),
+        ("0: run\n0: jump\n", "0 is both 'run' and 'jump'"),
+        ("run\nrun\n", "'run' is both 0 and 1"),
+        ("999999999: run\n", "'run' has the number 999999999"),
+        ("run\x0cjump\n", "control character"),
+    ],
+)
+def test_label_maps_that_say_two_things_are_refused(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "labels.txt"
+    path.write_text(text)
+    with pytest.raises(UserError, match=message):
+        labels.read_label_map(str(path))
+
+
+def test_an_empty_line_of_a_label_map_keeps_its_number(tmp_path: Path) -> None:
+    path = tmp_path / "labels.txt"
+    path.write_bytes(b"\r\nrun\r\n\r\njump\r\n\r\n")
+    assert labels.read_label_map(str(path)) == ["", "run", "", "jump"]
+
+
+def test_a_whole_video_is_not_taken_for_a_clip_but_named(tmp_path: Path) -> None:
+    videos = touch(tmp_path / "videos", "x/abc.mp4")
+    (tmp_path / "rows.csv").write_text(f"{KINETICS}run,abc,1,11\n")
+    (item,) = datasets.kinetics("kinetics400", str(tmp_path / "rows.csv"), str(videos), None).items
+    assert item.path is None
+    assert item.reason == (
+        "missing: no video of this name, but x/abc.mp4: cut it, or if it is cut, call it abc_000001_000011"
+    )
