@@ -34,12 +34,14 @@ import psutil
 
 from arvideo_dist.bench.report import environment, write_json
 from arvideo_dist.storage import Storage
+from data_prep.filters import chain
 from data_prep.folder import VIDEO_SUFFIXES
 from data_prep.isolation import Limits
 from data_prep.items import Inputs, Item
 from data_prep.prepare import prepare, run_settings
+from data_prep.probe import probe_source
 from data_prep.shards import read_table
-from data_prep.transcode import TranscodeSettings, ffmpeg
+from data_prep.transcode import TranscodeSettings, ffmpeg, output_rate
 from data_prep.worker import LocalPool
 
 FRAMES, STRIDE = 16, 4
@@ -88,19 +90,27 @@ def run_data_prep(paths: list[Path], out: Path, workers: int) -> None:
     assert manifest.samples == len(items), f"{manifest.rejects} of the videos were rejected"
 
 
-def run_ffmpeg(paths: list[Path], out: Path, scale: str, encoder: list[str], at_once: int = 1) -> int:
+def run_ffmpeg(
+    paths: list[Path], out: Path, filters: dict[Path, str], encoder: list[str], at_once: int = 1
+) -> int:
     """`at_once` loops of one ffmpeg after the other, over the largest files first; the bytes written."""
     out.mkdir(parents=True)
-    single = ["-filter_threads", "1", "-threads", "1"]
+    single = ["-filter_threads", "1", "-threads", "1", "-noautorotate"]
 
     def one(path: Path) -> int:
         target = out / f"{paths.index(path)}.mp4"
         command = [ffmpeg()[0], "-v", "error", "-nostdin", *single, "-i", str(path), "-map", "0:v:0"]
-        subprocess.run([*command, "-vf", scale, *encoder, str(target)], check=True)
+        subprocess.run([*command, "-vf", filters[path], *encoder, str(target)], check=True)
         return target.stat().st_size
 
     with ThreadPoolExecutor(at_once) as loops:
         return sum(loops.map(one, sorted(paths, key=lambda path: path.stat().st_size, reverse=True)))
+
+
+def own_filters(path: Path, settings: TranscodeSettings) -> str:
+    """What data_prep has ffmpeg do with this file."""
+    source = probe_source(str(path))
+    return chain(source, settings.short_side, output_rate(source, settings.max_fps))
 
 
 def clip_cost(videos: list[bytes], decode: Callable[[bytes, np.ndarray], Any]) -> float:
@@ -151,9 +161,8 @@ def main() -> None:
     import webdataset  # noqa: F401  (imports torch: seconds once a run, measured apart from the videos)
 
     settings = TranscodeSettings()
-    same = "scale='if(gt(iw,ih),-2,256)':'if(gt(iw,ih),256,-2)':flags=bicubic+accurate_rnd+bitexact"
-    same += ":out_color_matrix=smpte170m:out_range=tv,format=yuv420p"
-    usual = "scale='if(gt(iw,ih),-2,320)':'if(gt(iw,ih),320,-2)'"
+    same = {path: own_filters(path, settings) for path in paths}
+    usual = dict.fromkeys(paths, "scale='if(gt(iw,ih),-2,320)':'if(gt(iw,ih),320,-2)'")
     times: dict[str, list[dict[str, float]]] = {
         name: [] for name in ("ffmpeg", "two ffmpegs", "one worker", "one worker on one core", "two workers")
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from data_prep.errors import Rejected
@@ -9,12 +10,17 @@ from data_prep.probe import VideoInfo
 
 
 def placed(
-    lines: list[str], video_start: float, source_start: float, video: VideoInfo
+    lines: list[str],
+    video_start: float,
+    source_start: float,
+    video: VideoInfo,
+    cuts: Sequence[Sequence[float]] = (),
 ) -> dict[str, list[dict[str, Any]] | int]:
     """The sample's JSON fields for box lines `time,x1,y1,x2,y2,action[,person]`.
 
     `video_start`: movie second at which the source file begins; `source_start`: second of the file at which
-    its first picture stands. Boxes are fractions of the picture, which cropping-free transcoding leaves
+    its first picture stands; `cuts`: holes in the file, (from, to) in seconds from there, that are left out.
+    Boxes are fractions of the picture, which cropping-free transcoding leaves
     valid. `frame` counts the transcoded pictures from 0. Boxes outside the video are counted, not kept;
     raises Rejected where none lies inside.
     """
@@ -22,8 +28,10 @@ def placed(
     for line in lines:
         time, *numbers = line.split(",")
         second = float(time) - video_start - source_start
-        frame = round(second * video.fps)
-        if not 0 <= frame < video.frames:
+        in_hole = any(begin < second < end for begin, end in cuts)
+        left_out = sum(end - begin for begin, end in cuts if end <= second)
+        frame = round((second - left_out) * video.fps)
+        if in_hole or not 0 <= frame < video.frames:
             outside += 1
             continue
         x1, y1, x2, y2 = map(float, numbers[:4])

@@ -57,7 +57,7 @@ from data_prep.shards import (
     write_table,
 )
 from data_prep.table import NameTable
-from data_prep.transcode import TranscodeSettings, ffmpeg
+from data_prep.transcode import CONVERSION, TranscodeSettings, ffmpeg
 
 _RETRY_STATE = {"retried.json", "base-index.parquet", "base-rejects.parquet", RETRIED_MANIFEST}
 _OPEN_SLICES = 4  # begun and not yet written, at least; bounds the staged videos when one video takes long
@@ -85,6 +85,7 @@ def run_settings(inputs: Inputs, transcode: TranscodeSettings, shard_size: int, 
         "transcode": transcode.model_dump(),
         "shard_size": shard_size,
         "seed": seed,
+        "conversion": CONVERSION,
         "encoder": {"ffmpeg": ffmpeg()[1], "threads": 1},
         "webdataset": importlib.metadata.version("webdataset"),
     }

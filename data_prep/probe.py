@@ -9,28 +9,32 @@ such as 1000 fps.
 from __future__ import annotations
 
 import json
+import math
+import struct
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from fractions import Fraction
-from itertools import pairwise
 from typing import IO, Any
 
 import av
 from av.container import InputContainer
+from av.sidedata.sidedata import Type
 from av.video.stream import VideoStream
 
+from arvideo_dist.data.boxes import read_edits, read_movie
 from data_prep.errors import Rejected
+from data_prep.timeline import Timeline, frame_rate, goes_back, timeline
 
 # Containers of video files. Playlists and image sequences are left out on purpose: they name other files.
 CONTAINERS = (
     "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,flv,mpegts,mpeg,mpegvideo,asf,ogg,h264,hevc,m4v,mxf,gif,ivf,"
     "rm,dv,nut,vob,wtv,swf,obu,h263"
 )
-_STANDARD_RATES = [Fraction(n) for n in range(1, 241)] + [Fraction(n * 1000, 1001) for n in (24, 30, 60, 120)]
 _MIN_SHORT_SIDE = 16  # one macroblock
 _MAX_LONG_SIDE = 16384
-_PQ, _HLG = 16, 18  # transfer characteristics of ITU-T H.273 that mean HDR
+_PROGRESSIVE = 1  # field order of libavcodec; larger ones are interlaced
+_RAW_RATE = 25  # pictures a second of a stream without times that states none, as ffmpeg has it
 
 
 @dataclass(frozen=True)
@@ -43,11 +47,17 @@ class SourceInfo:
     height: int
     pixel_format: str
     full_range: bool
-    hdr: bool
-    rotation: int  # degrees; 0 where the stored picture is upright
+    matrix: int  # matrix coefficients, primaries and transfer characteristics: numbers of ITU-T H.273
+    primaries: int
+    transfer: int
+    rotation: int  # degrees, anticlockwise, by which the stored picture is to be turned
+    transform: list[int]  # a, b, c, d of the display matrix; empty where the stored picture is upright
     square_pixels: bool
-    standard_colour: bool  # BT.601 matrix, stated or assumed for want of a statement, limited range
+    cropped: bool  # an mp4 asks for a part of the stored pictures (clean aperture)
+    interlaced: bool  # the first picture, or the stream as a whole, is flagged so
     container: str
+    timed: bool  # not a raw stream, whose pictures have no times
+    joins: int  # places where streams were joined, which the demuxer takes for a loss
     key_interval: int  # pictures from one key picture to the next, at most
     references: int  # pictures that others may refer to; all of them where the codec is not H.264 in mp4
     discarded: int  # pictures in the file that an edit list hides
@@ -56,7 +66,9 @@ class SourceInfo:
     fps_den: int
     packets: int
     start: float  # seconds: time of the first picture in the container
-    duration: float  # seconds from the first picture to the end of the last
+    duration: float  # seconds from the first picture to the end of the last, without the cuts
+    cuts: list[list[float]]  # seconds from the first picture: holes without pictures that are left out
+    max_hold: float | None  # seconds that a picture is held at most; None where that is not needed
 
 
 @dataclass(frozen=True)
@@ -72,7 +84,7 @@ class VideoInfo:
     pixel_format: str
 
 
-def _open(path: str) -> InputContainer:
+def _open(path: str, options: dict[str, str] | None = None) -> InputContainer:
     try:
         path.encode()
         file: str | IO[bytes] = f"file:{path}"
@@ -83,7 +95,7 @@ def _open(path: str) -> InputContainer:
             file,
             mode="r",
             metadata_errors="replace",
-            options={"format_whitelist": CONTAINERS, "protocol_whitelist": "file"},
+            options={"format_whitelist": CONTAINERS, "protocol_whitelist": "file"} | (options or {}),
         )
     except (av.FFmpegError, ValueError, IndexError, UnicodeError) as error:
         raise Rejected(f"not a video: {_text(error)}") from error
@@ -107,35 +119,22 @@ def _video_stream(container: InputContainer) -> VideoStream:
     return stream
 
 
-def frame_rate(times: list[Fraction]) -> tuple[Fraction, bool]:
-    """The rate of pictures shown at `times` (seconds, ascending) and whether it is constant.
-
-    Constant: no interval strays from the mean by more than a quarter of it (Matroska and FLV round times to
-    1 ms). Then the mean is the rate, else the median interval's. Rates within 0.1 % (constant) or 1 %
-    (variable) of a standard rate become that rate.
-    """
-    gaps = [b - a for a, b in pairwise(times) if b > a]
-    if not gaps:
-        return Fraction(1), True
-    mean = sum(gaps, Fraction(0)) / len(gaps)
-    constant = all(abs(gap - mean) <= mean / 4 for gap in gaps)
-    rate: Fraction = 1 / mean if constant else 1 / sorted(gaps)[len(gaps) // 2]
-    tolerance = Fraction(1, 1000) if constant else Fraction(1, 100)
-    nearest = min(_STANDARD_RATES, key=lambda standard: float(abs(standard - rate)))
-    if abs(nearest - rate) <= tolerance * rate:
-        return nearest, constant
-    return rate.limit_denominator(1001), constant
-
-
 @dataclass
 class _Scan:
     """What the packets of a file say."""
 
-    times: list[Fraction] = field(default_factory=list)  # seconds of the shown pictures, ascending
+    # Seconds of the shown pictures, a list for each part with a clock of its own; none in a raw stream.
+    parts: list[list[Fraction]] = field(default_factory=lambda: [[]])
+    pictures: int = 0  # that are shown
     packets: int = 0
     last: Fraction = Fraction(0)  # end of whatever stream lasts longest
     references: int = 0
     key_interval: int = 0
+    joins: int = 0
+
+    @property
+    def is_timed(self) -> bool:
+        return any(self.parts)
 
 
 def slice_is_reference(packet: av.Packet) -> bool:
@@ -157,25 +156,55 @@ def _scan(container: InputContainer, stream: VideoStream) -> _Scan:
     extradata = stream.codec_context.extradata or b""
     sliced = stream.codec_context.name == "h264" and extradata[:1] == b"\x01" and extradata[4] & 3 == 3
     since_key = 0
+    decoded: Fraction | None = None
+    since_corrupt = 2
     try:
         for packet in container.demux():
             if packet.dts is None and packet.pts is None and not packet.size:
                 continue  # PyAV's flush packets
+            base = packet.time_base or Fraction(0)
             time = packet.pts if packet.pts is not None else packet.dts
-            if time is not None and packet.time_base is not None:
-                scan.last = max(scan.last, (time + (packet.duration or 0)) * packet.time_base)
+            if time is not None:
+                scan.last = max(scan.last, (time + (packet.duration or 0)) * base)
             if packet.stream_index != stream.index:
                 continue
             scan.packets += 1
             since_key = 1 if packet.is_keyframe else since_key + 1
             scan.key_interval = max(scan.key_interval, since_key)
             scan.references += not sliced or slice_is_reference(packet)
-            if packet.size and not packet.is_discard and time is not None and packet.time_base is not None:
-                scan.times.append(time * packet.time_base)
+            before, decoded = decoded, None if packet.dts is None else packet.dts * base
+            if goes_back(before, decoded):
+                scan.parts.append([])
+                # The demuxer takes the next stream's count of packets for a loss in what it reads just then: the
+                # last picture, or the one before where a parser looks ahead.
+                scan.joins += since_corrupt < 2
+            since_corrupt = 0 if packet.is_corrupt else since_corrupt + 1
+            if packet.size and not packet.is_discard:
+                scan.pictures += 1
+                if time is not None:
+                    scan.parts[-1].append(time * base)
     except av.FFmpegError as error:
         raise Rejected(f"damaged: reading stops after {scan.packets} pictures: {_text(error)}") from error
-    scan.times.sort()
     return scan
+
+
+def _read_through(path: str) -> tuple[_Scan, Timeline, bytes]:
+    """All packets of the file `path`, when its pictures are shown, and the movie box of an mp4."""
+    with _open(path) as container:
+        stream = _video_stream(container)
+        stream.thread_type = "NONE"
+        scan = _scan(container, stream)
+        stated_frames = stream.frames if "mov" in container.format.name else 0
+        track, raw_rate = stream.id, stream.codec_context.framerate or Fraction(_RAW_RATE)
+        declared = Fraction(container.duration or 0, av.time_base)
+    movie = _check_edits(path, track, scan.packets, stated_frames) if stated_frames else b""
+    if scan.is_timed and declared - scan.last > max(Fraction(1), declared / 10):
+        raise Rejected(f"truncated: {float(scan.last):.1f} of {float(declared):.1f} seconds are in the file")
+    if not scan.pictures:
+        edited = f": its edit list shows none of {scan.packets}" if scan.packets else ""
+        raise Rejected(f"no video stream: it holds no pictures{edited}")
+    parts = scan.parts if scan.is_timed else [[number / raw_rate for number in range(scan.pictures)]]
+    return scan, timeline(parts), movie
 
 
 def probe_source(path: str) -> SourceInfo:
@@ -183,18 +212,7 @@ def probe_source(path: str) -> SourceInfo:
 
     Raises Rejected where it holds no video, is cut off, or nothing in it decodes.
     """
-    with _open(path) as container:
-        stream = _video_stream(container)
-        stream.thread_type = "NONE"
-        scan = _scan(container, stream)
-        times, last = scan.times, scan.last
-        declared = Fraction(container.duration or 0, av.time_base)
-        if stream.frames and "mov" in container.format.name and scan.packets < stream.frames:
-            raise Rejected(f"truncated: {scan.packets} of {stream.frames} pictures are in the file")
-        if declared - last > max(Fraction(1), declared / 10):
-            raise Rejected(f"truncated: {float(last):.1f} of {float(declared):.1f} seconds are in the file")
-        if not times:
-            raise Rejected("no video stream: it holds no pictures")
+    scan, shown, movie = _read_through(path)
     with _open(path) as container:  # again from the start: not every container can seek back
         stream = _video_stream(container)
         try:
@@ -204,15 +222,15 @@ def probe_source(path: str) -> SourceInfo:
         if frame is None:
             raise Rejected(f"cannot be decoded ({stream.codec_context.name}): no picture comes out")
         aspect = stream.sample_aspect_ratio or Fraction(1)
-        rotation = round(frame.rotation)
+        transform = _transform(frame)
+        angle = rotation(transform) if transform else 0
         width, height = max(1, round(frame.width * aspect)), frame.height
-        if rotation % 180:
+        if angle % 180 == 90:
             width, height = height, width
         if min(width, height) < _MIN_SHORT_SIDE or max(width, height) > _MAX_LONG_SIDE:
             raise Rejected(
                 f"size: {width}x{height}; the sides must be in {_MIN_SHORT_SIDE} to {_MAX_LONG_SIDE}"
             )
-        rate, constant = frame_rate(times)
         return SourceInfo(
             stream=stream.index,
             codec=stream.codec_context.name,
@@ -220,21 +238,74 @@ def probe_source(path: str) -> SourceInfo:
             height=height,
             pixel_format=frame.format.name,
             full_range=int(frame.color_range) == 2 or frame.format.name.startswith("yuvj"),
-            hdr=int(frame.color_trc) in (_PQ, _HLG),
-            rotation=rotation,
+            matrix=int(frame.colorspace),
+            primaries=int(frame.color_primaries),
+            transfer=int(frame.color_trc),
+            rotation=angle,
+            transform=transform,
             square_pixels=aspect == 1,
-            standard_colour=int(frame.colorspace) in (2, 5, 6),
+            cropped=b"clap" in movie,
+            interlaced=bool(frame.interlaced_frame) or int(stream.codec_context.field_order) > _PROGRESSIVE,
             container=container.format.name,
+            timed=scan.is_timed,
+            joins=scan.joins,
             key_interval=scan.key_interval,
             references=scan.references,
-            discarded=scan.packets - len(times),
-            constant_rate=constant,
-            fps_num=rate.numerator,
-            fps_den=rate.denominator,
-            packets=len(times),
-            start=float(times[0]),
-            duration=float(times[-1] - times[0] + 1 / rate),
+            discarded=scan.packets - scan.pictures,
+            constant_rate=shown.constant,
+            fps_num=shown.rate.numerator,
+            fps_den=shown.rate.denominator,
+            packets=scan.pictures,
+            start=float(shown.start),
+            duration=float(shown.duration),
+            cuts=[[float(begin), float(end)] for begin, end in shown.cuts],
+            max_hold=None if shown.max_hold is None else float(shown.max_hold),
         )
+
+
+def _check_edits(path: str, track: int, packets: int, stated: int) -> bytes:
+    """The movie box of the mp4 `path`. Raises Rejected where fewer pictures than the `stated` are in the file, or
+    its edit list asks for more than to begin later, to leave out pictures or to show some again: players do not
+    agree about the rest.
+    """
+    if packets != stated:  # which may be the edit list's doing
+        with _open(path, {"ignore_editlist": "1"}) as container:
+            packets = _scan(container, _video_stream(container)).packets
+        if packets < stated:
+            raise Rejected(f"truncated: {packets} of {stated} pictures are in the file")
+    with open(path, "rb") as file:
+        movie = read_movie(file)
+    try:
+        edits = [edit for edit in read_edits(memoryview(movie), track) if edit.duration]
+    except (KeyError, IndexError, ValueError, struct.error):
+        return movie
+    for number, edit in enumerate(edits):
+        if edit.start == -1 and number:
+            raise Rejected(
+                "edit list: it shows nothing for a while between pictures; players disagree on that"
+            )
+        if edit.start != -1 and edit.rate != 1:
+            raise Rejected(f"edit list: it plays at {edit.rate:g} times the rate; players disagree on that")
+    return movie
+
+
+def _transform(frame: av.VideoFrame) -> list[int]:
+    """a, b, c, d of the picture's display matrix; empty where there is none or it changes nothing."""
+    sides: Any = frame.side_data  # a mapping by its type, a sequence when it is gone through
+    data = next((data for data in sides if data.type == Type.DISPLAYMATRIX), None)
+    if data is not None:
+        a, b, _, c, d = struct.unpack("<5i", bytes(data)[:20])
+        return [] if rotation([a, b, c, d]) == 0 and d >= 0 else [a, b, c, d]
+    return []
+
+
+def rotation(transform: list[int]) -> int:
+    """Degrees, anticlockwise, by which a display matrix (its four numbers that turn) turns a picture."""
+    a, b, c, d = transform
+    first, second = math.hypot(a, c), math.hypot(b, d)
+    if not first or not second:
+        return 0
+    return round(-math.degrees(math.atan2(b / second, a / first)))
 
 
 def _frames(container: InputContainer, stream: VideoStream) -> Iterator[av.VideoFrame]:
@@ -251,10 +322,10 @@ def probe_video(path: str) -> VideoInfo:
     with _open(path) as container:
         stream = _video_stream(container)
         scan = _scan(container, stream)
-        times, packets = scan.times, scan.packets
-        rate, constant = frame_rate(times)
-        if not times or len(times) != packets or not constant:
-            raise Rejected(f"encoder output is not of constant rate: {len(times)} of {packets} pictures")
+        packets = scan.packets
+        rate, constant = frame_rate(sorted(scan.parts[0]))
+        if not packets or len(scan.parts[0]) != packets or not constant:
+            raise Rejected(f"encoder output is not of constant rate: {scan.pictures} of {packets} pictures")
         return VideoInfo(
             width=stream.codec_context.width,
             height=stream.codec_context.height,

@@ -20,6 +20,7 @@ import imageio_ffmpeg
 from pydantic import BaseModel, ConfigDict, Field
 
 from data_prep.errors import Interrupted, Rejected, UserError
+from data_prep.filters import chain, is_standard_colour
 from data_prep.isolation import Limits, Prober, run
 from data_prep.probe import CONTAINERS, SourceInfo, VideoInfo
 
@@ -34,18 +35,22 @@ _CONTAINER_ARGUMENTS = (
     *("-map_metadata", "-1", "-map_chapters", "-1"),
     *("-fflags", "+bitexact", "-flags:v", "+bitexact", "-movflags", "+faststart", "-f", "mp4", "-y"),
 )
-_MAX_REPEATS = 50  # output pictures per source picture, past which timestamps are held to be nonsense
-
-# HDR to SDR: linear light at 100 nits reference white, BT.709 primaries, Hable's curve.
-_TONE_MAP = (
-    "zscale=t=linear:npl=100,format=gbrpf32le,zscale=p=bt709,tonemap=hable:desat=0,"
-    "zscale=t=bt709:m=170m:r=limited"
+# What ffmpeg says where a picture is of another kind than the first.
+_CHANGE = re.compile(
+    r"filter context - w: (\d+) h: (\d+) fmt: \d+ csp: (\S+) range: (\S+) .*"
+    r"incoming frame - w: (\d+) h: (\d+) fmt: \d+ csp: (\S+) range: (\S+) "
 )
-
+_SAME_MATRIX = dict.fromkeys(("unknown", "gbr", "reserved", "bt470bg", "smpte170m"), "bt601")
+_SAME_SHAPE = 0.02  # of the aspect: sizes are whole pixels
+_MAX_REPEATS = 5  # output pictures per source picture, past which most of a clip would stand still
 
 Preset = Literal[
     "ultrafast", "superfast", "veryfast", "faster", "fast", "medium", "slow", "slower", "veryslow"
 ]
+
+
+# Raised whenever the same source and settings give other pictures than before: a data set is made by one alone.
+CONVERSION = 2
 
 
 class TranscodeSettings(BaseModel):
@@ -108,17 +113,6 @@ def output_rate(source: SourceInfo, max_fps: int) -> Fraction:
     return rate
 
 
-def _filters(source: SourceInfo, settings: TranscodeSettings) -> str:
-    width, height = output_size(source.width, source.height, settings.short_side)
-    rate = output_rate(source, settings.max_fps)
-    scale = f"scale={width}:{height}:flags=bicubic+accurate_rnd+bitexact"
-    # One colour matrix and range for the whole data set, the one that decoders assume for small pictures.
-    standard = f"{scale}:out_color_matrix=smpte170m:out_range=tv"
-    colour = [scale, _TONE_MAP] if source.hdr else [standard]
-    times = ["setpts=PTS-STARTPTS", f"fps={rate.numerator}/{rate.denominator}:round=near"]
-    return ",".join([*times, *colour, "setsar=1", "format=yuv420p"])
-
-
 def transcode(
     path: Path, target: Path, settings: TranscodeSettings, limits: Limits, prober: Prober
 ) -> tuple[VideoInfo, SourceInfo]:
@@ -134,30 +128,57 @@ def transcode(
     if expected > _MAX_REPEATS * source.packets:
         raise Rejected(f"timestamps: {source.packets} pictures spread over {source.duration:.0f} s")
     copied = settings.copy_if_compliant and compliant(source, settings)
+    # A raw stream's pictures have no times. Where time goes on after a gap ffmpeg must not mend it in its own way.
+    clock = [] if source.timed else ["-r", f"{source.fps_num}/{source.fps_den}"]
+    clock += ["-copyts"] if source.max_hold else []
     command = [
         *(ffmpeg()[0], "-hide_banner", "-nostats", "-nostdin", "-loglevel", "repeat+level+warning"),
         *("-filter_threads", "1", "-threads", "1", "-protocol_whitelist", "file"),
-        *("-format_whitelist", CONTAINERS, "-i", f"file:{path}", "-map", f"0:{source.stream}"),
+        *("-reinit_filter", "0", "-noautorotate", "-format_whitelist", CONTAINERS, *clock),
+        *("-i", f"file:{path}", "-map", f"0:{source.stream}"),
     ]
     if copied:  # decoded too, into nothing: a damaged video must not pass because nobody looked
         command += ["-c", "copy", *_CONTAINER_ARGUMENTS, f"file:{target}"]
         command += ["-map", f"0:{source.stream}", "-fps_mode", "passthrough", "-f", "null", "-"]
     else:
-        command += ["-vf", _filters(source, settings), *settings.encoder_arguments(), f"file:{target}"]
+        filters = chain(source, settings.short_side, rate)
+        command += ["-vf", filters, *settings.encoder_arguments(), f"file:{target}"]
     # Decoding and encoding a picture costs some 10 ms at 720p: a hundred times that is a hang.
     cpu_s = limits.cpu_s + source.packets + expected * 0.25
     returncode, log = run(command, Limits(cpu_s, limits.memory))
     if _out_of_space(log):
         raise OSError(f"no space left for {target}")
     damage = [line for line in log.splitlines() if _DAMAGE.search(line)]
-    if damage:
+    # Streams joined one after the other: the demuxer takes the join for a loss, the decoder misses nothing.
+    joins_only = len(damage) <= source.joins and all("corrupt input packet" in line for line in damage)
+    if damage and not joins_only:
         raise Rejected(f"damaged: {len(damage)} decoding errors, first: {_message(damage[0])}")
     if returncode:
-        last = log.strip().splitlines()[-1:] or ["no message"]
         if "Cannot allocate memory" in log:
             raise Interrupted(f"takes more than {limits.memory / 2**30:.0f} GiB of memory")
-        raise Rejected(f"cannot be decoded ({source.codec}): {_message(last[0])}")
+        raise Rejected(f"cannot be decoded ({source.codec}): {_first_error(log)}")
+    _check_changes(log)
+    if copied and _CHANGE.search(log):  # pictures of several sizes
+        settings = settings.model_copy(update={"copy_if_compliant": False})
+        return transcode(path, target, settings, limits, prober)
     return accept(target, settings, prober, expected), source
+
+
+def _check_changes(log: str) -> None:
+    """Raises Rejected where the pictures' shape or colours change within the stream; another size is scaled."""
+    for change in _CHANGE.findall(log):
+        (width, height, *old), (new_width, new_height, *new) = change[:4], change[4:]
+        wide, tall = int(width) * int(new_height), int(new_width) * int(height)
+        if abs(wide - tall) > _SAME_SHAPE * wide:
+            raise Rejected(
+                f"size: it changes from {width}x{height} to {new_width}x{new_height}, which is another shape, "
+                "within the stream; cut the file there"
+            )
+        before, after = (f"{_SAME_MATRIX.get(m, m)} {'tv' if r == 'unknown' else r}" for m, r in (old, new))
+        if before != after:
+            raise Rejected(
+                f"colour: it changes from {before} to {after} within the stream; cut the file there"
+            )
 
 
 def compliant(source: SourceInfo, settings: TranscodeSettings) -> bool:
@@ -168,9 +189,10 @@ def compliant(source: SourceInfo, settings: TranscodeSettings) -> bool:
         source.codec == "h264"
         and "mp4" in source.container
         and source.pixel_format == "yuv420p"
-        and source.standard_colour
-        and not (source.full_range or source.hdr or source.rotation or source.discarded)
+        and is_standard_colour(source)
+        and not (source.transform or source.discarded or source.cropped or source.interlaced)
         and source.square_pixels
+        and source.max_hold is None
         and source.constant_rate
         and rate <= settings.max_fps
         and (source.width, source.height) == output_size(source.width, source.height, settings.short_side)
@@ -209,11 +231,18 @@ def encode_raw(
     if returncode:
         if _out_of_space(log):
             raise OSError(f"no space left for {target}")
-        raise Rejected(f"encoding failed: {_message((log.strip().splitlines() or ['no message'])[-1])}")
+        raise Rejected(f"encoding failed: {_first_error(log)}")
 
 
 def _out_of_space(log: str) -> bool:
     return "No space left on device" in log or "Disk quota exceeded" in log
+
+
+def _first_error(log: str) -> str:
+    """What went wrong: the lines after it tell of what that led to."""
+    lines = log.strip().splitlines()
+    errors = [line for line in lines if "[error]" in line or "[fatal]" in line]
+    return _message((errors or lines[-1:] or ["no message"])[0])
 
 
 def _message(line: str) -> str:

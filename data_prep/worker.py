@@ -122,8 +122,10 @@ def _make(
         patiently(partial(_check_file, item.path, whole=True))
         video, source = transcode(Path(item.path), target, settings, limits, prober)
     extra = {"source_start": source.start, **item.extra}
+    if source.cuts:
+        extra["cuts"] = source.cuts
     if "boxes" in extra:
-        extra |= boxes.placed(extra["boxes"], extra["video_start"], source.start, video)
+        extra |= boxes.placed(extra["boxes"], extra["video_start"], source.start, video, source.cuts)
     if item.file:
         extra["file"] = item.file
     return video, extra

@@ -1,8 +1,9 @@
 """From the bytes of one video file to the wanted frames, at the least CPU time.
 
 Shards of data_prep hold H.264 files in which most pictures are B-pictures that nothing refers to. Of such a
-file only the packets that the wanted frames need are decoded (through PyAV). Any other file goes through
-decord as a whole. Where both ways apply they give identical frames.
+file only the packets that the wanted frames need are decoded (through PyAV). Any other file is decoded as a
+whole, through decord, or through PyAV where an edit list may hide frames. Where several ways apply they give
+identical frames.
 
 `indices` are frame numbers in display order, sorted and unique. Frames come back in that order, as views of
 the decoder's memory: copy what is to be kept.
@@ -22,6 +23,7 @@ import numpy as np
 from av.video.reformatter import VideoReformatter
 from numpy.typing import NDArray
 
+from arvideo_dist.data.boxes import has_edits
 from arvideo_dist.data.mp4 import read_table
 
 _SLICE_IDR = 5  # H.264 NAL unit types 1 to 5 are slices
@@ -47,6 +49,8 @@ def decode_rgb(video: bytes, indices: NDArray[np.int64]) -> list[NDArray[np.uint
     """Frames `indices` of the file `video` as RGB uint8 [H, W, 3]. Raises BadSample."""
     with _reasons():
         selection = select_packets(video, indices)
+        if selection is None and has_edits(video):  # decord counts the frames that they hide
+            return [_rgb(frame) for frame in _decode_all(video, indices)]
         if selection is None:
             with _opened(video):  # decord leaks memory for each file that it cannot open
                 pass

@@ -9,11 +9,13 @@ None for every other file and leaves it to the libraries.
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator
-from typing import NamedTuple
+from fractions import Fraction
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+
+from arvideo_dist.data.boxes import Edit, boxes, edit_list, ticks_a_second
 
 
 class SampleTable(NamedTuple):
@@ -30,23 +32,23 @@ def read_table(video: bytes) -> SampleTable | None:
     """The table of the file `video`; None where the file is of another kind or damaged."""
     try:
         return _read_table(memoryview(video))
-    except (KeyError, IndexError, ValueError, struct.error):
+    except (KeyError, IndexError, ValueError, ZeroDivisionError, struct.error):
         return None
 
 
 def _read_table(video: memoryview) -> SampleTable | None:
-    movie = dict(_boxes(dict(_boxes(video))[b"moov"]))
-    tracks = [body for kind, body in _boxes(dict(_boxes(video))[b"moov"]) if kind == b"trak"]
+    movie = dict(boxes(dict(boxes(video))[b"moov"]))
+    tracks = [body for kind, body in boxes(dict(boxes(video))[b"moov"]) if kind == b"trak"]
     if len(tracks) != 1 or b"mvex" in movie:  # another track, or fragments
         return None
-    track = dict(_boxes(tracks[0]))
-    media = dict(_boxes(track[b"mdia"]))
-    table = dict(_boxes(dict(_boxes(media[b"minf"]))[b"stbl"]))
+    track = dict(boxes(tracks[0]))
+    media = dict(boxes(track[b"mdia"]))
+    table = dict(boxes(dict(boxes(media[b"minf"]))[b"stbl"]))
     description = table[b"stsd"]
     if description[4:8] != b"\0\0\0\1" or description[12:16] != b"avc1":
         return None
     # 16 bytes into the box, a visual sample entry has 78 bytes of fixed fields, then boxes.
-    header = dict(_boxes(description[16 + 78 : 8 + int.from_bytes(description[8:12], "big")]))[b"avcC"]
+    header = dict(boxes(description[16 + 78 : 8 + int.from_bytes(description[8:12], "big")]))[b"avcC"]
 
     sizes = _sizes(table[b"stsz"], len(video))
     offsets = _offsets(table, sizes)
@@ -56,31 +58,16 @@ def _read_table(video: memoryview) -> SampleTable | None:
     order = np.argsort(shown_at, kind="stable")
     if len(np.unique(shown_at)) != len(sizes) or (offsets + sizes).max() > len(video):
         return None
-    if b"edts" in track and not _shows_everything(dict(_boxes(track[b"edts"]))[b"elst"], shown_at.min()):
-        return None
+    if b"edts" in track:
+        ticks = Fraction(ticks_a_second(media[b"mdhd"]), ticks_a_second(movie[b"mvhd"]))
+        if not _shows_everything(edit_list(dict(boxes(track[b"edts"]))[b"elst"]), shown_at, ticks):
+            return None
     shown = np.empty(len(sizes), dtype=np.int64)
     shown[order] = np.arange(len(sizes))
     keys = np.frombuffer(table[b"stss"], ">u4", offset=8).astype(np.int64) - 1
     if not len(keys) or keys[0] != 0:
         return None
     return SampleTable(offsets, sizes, shown, keys, bytes(header))
-
-
-def _boxes(data: memoryview) -> Iterator[tuple[bytes, memoryview]]:
-    """Type and body of each box in `data`."""
-    at = 0
-    while at + 8 <= len(data):
-        size, kind = struct.unpack_from(">I4s", data, at)
-        body = 8
-        if size == 1:
-            (size,) = struct.unpack_from(">Q", data, at + 8)
-            body = 16
-        elif size == 0:
-            size = len(data) - at
-        if size < body or at + size > len(data):
-            raise ValueError("a box passes the end")
-        yield kind, data[at + body : at + size]
-        at += size
 
 
 # Counts are compared before arrays of that length are made: a flipped bit in one must not ask for all memory.
@@ -121,8 +108,11 @@ def _run_lengths(box: memoryview, samples: int) -> NDArray[np.int64]:
     return np.repeat(values, counts)
 
 
-def _shows_everything(box: memoryview, first_shown: int) -> bool:
-    """Whether the edit list only takes back the reordering delay, as muxers write it for B-pictures."""
-    version, entries = box[0], int.from_bytes(box[4:8], "big")
-    (start,) = struct.unpack_from(">q", box, 16) if version == 1 else struct.unpack_from(">i", box, 12)
-    return entries == 1 and start == first_shown
+def _shows_everything(edits: list[Edit], shown_at: NDArray[Any], ticks: Fraction) -> bool:
+    """Whether the edit list only takes back the reordering delay, as muxers write it for B-pictures.
+
+    `ticks` of the track's clock are one of the movie's.
+    """
+    if len(edits) != 1 or edits[0].rate != 1 or edits[0].start != shown_at.min():
+        return False
+    return bool(edits[0].start + edits[0].duration * ticks > int(shown_at.max()))

@@ -14,7 +14,7 @@ import pytest
 
 from data_prep.errors import Rejected
 from data_prep.isolation import Limits, Prober
-from data_prep.probe import frame_rate
+from data_prep.timeline import frame_rate
 from data_prep.transcode import TranscodeSettings, output_size, transcode
 from tests.data_prep.videos import frames_of, make, mux, psnr, reference_flags
 
