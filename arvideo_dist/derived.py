@@ -37,6 +37,11 @@ class Derived:
     total_steps: int | None
     warmup_steps: float | None
 
+    @property
+    def total_places(self) -> int | None:
+        """Places of the sample sequence that the run is planned for."""
+        return None if self.total_steps is None else self.total_steps * self.global_batch
+
     def at_world_size(self, world_size: int) -> Derived:
         """The same run on `world_size` workers: the global batch stays, accumulation and padding follow."""
         steps = accumulation_steps(self.global_batch, self.micro_batch, world_size)

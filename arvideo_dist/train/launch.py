@@ -88,8 +88,8 @@ def check_initial_weights(config: RunConfig) -> None:
         load_initial_encoder(Encoder(size, config.model.tubelet, tokens), config.model.init_from)
 
 
-def check_resume(config: RunConfig) -> None:
-    """Refuse what `run.resume` and `run.allow_change` refuse: ValueError."""
+def check_resume(config: RunConfig) -> Checkpoint | None:
+    """The checkpoint that the run goes on from; ValueError for what `run.resume` and `run.allow_change` refuse."""
     changes.check_allowed_names(config)
     run = run_folder(config)
     found = complete_checkpoints(run)
@@ -110,7 +110,8 @@ def check_resume(config: RunConfig) -> None:
         except (CheckpointError, ValidationError, FileNotFoundError):
             continue  # the workers name what is damaged and use the one before it, and so does this check
         changes.refuse_changes(checkpoint.state, config, digests, precision, str(checkpoint))
-        return
+        return checkpoint
+    return None
 
 
 def _precision_if_known(config: RunConfig) -> str | None:

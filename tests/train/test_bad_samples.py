@@ -74,7 +74,7 @@ def _train_for_epochs(folder: str) -> dict[str, Any]:
                 bad.collect()
         sizes.append(len(json.dumps(bad.listed())))
     resumed = _bad_samples(run)
-    resumed.restore(json.loads(json.dumps(bad.listed())))
+    resumed.restore(json.loads(json.dumps(bad.listed())), [])
     return {
         "places": [bad.places, resumed.places],
         "listed": bad.listed(),
@@ -130,7 +130,7 @@ def test_past_the_allowed_share_of_places_every_rank_stops_and_all_samples_are_l
 
 def _go_on_from_an_older_checkpoint(folder: str) -> list[dict[str, Any]]:
     bad = _bad_samples(Storage(folder))
-    bad.restore(OLD_FORMAT)
+    bad.restore(OLD_FORMAT, [])
     assert bad.places == 3
     _meet(bad, 140, 40)
     bad.collect()
