@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import NoReturn
 
-from arvideo_dist.checks.start import check_driver
+from arvideo_dist.checks.start import check_driver, check_run
 from arvideo_dist.config import RunConfig
 from arvideo_dist.derived import Derived, derive
 from arvideo_dist.settings import exit_with, read_config
@@ -49,6 +49,7 @@ def main(argv: list[str] | None = None) -> None:
         if finished is None:
             check_driver(config)
             derived = derive_checked(config)
+            check_run(config, derived)
             with acquire(run_folder(config), config.run.lease_s) as lease:
                 _print_start(config, derived, check_resume(config))
                 finished = launch(config, derived, lease)

@@ -119,7 +119,7 @@ class Engine:
         self.sample_losses = []
         self.forward_time = ForwardTime(self.device)
         for index, host_batch in enumerate(batches):
-            activity.together(f"forward and backward of micro batch {index}")
+            activity.together(f"forward and backward of micro batch {index + 1} of {len(batches)}")
             batch = host_batch.to(self.device)
             with self.forward_time:
                 loss_b = self.forward(batch).loss_b

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import functools
 import json
 import math
 import os
@@ -384,6 +385,7 @@ def _train(config: RunConfig, payload: dict[str, Any]) -> Interruption | None:
     activity.alone("imports libraries")
     from arvideo_dist.checks.start import check_workers_start
     from arvideo_dist.train.loop import Task, train
+    from arvideo_dist.train.pulse import Pulse
     from arvideo_dist.train.watch import Watch, ray_notice
 
     warnings.filterwarnings(
@@ -404,13 +406,15 @@ def _train(config: RunConfig, payload: dict[str, Any]) -> Interruption | None:
     activity.together("checks its machine")
     check_workers_start(task.config, task.derived, task.lease, control)
     tracker: Any = contextlib.nullcontext()
+    pulse: Any = contextlib.nullcontext()
     if dist.get_rank() == 0:
+        pulse = Pulse(activity, functools.partial(print, flush=True))
         from arvideo_dist.tracking import Tracker  # imports MLflow, whose memory and time no other rank needs
         from arvideo_dist.train.outbox import QueuedTracker
 
         to_mlflow = Tracker(task.tracking_uri, task.mlflow_run_id, task.lease.check)
         tracker = QueuedTracker(to_mlflow, task.lease.storage())
-    with tracker as queue:
+    with pulse, tracker as queue:
         return train(task, device, control, watch, queue)
 
 

@@ -13,6 +13,7 @@ import functools
 import json
 import math
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +27,7 @@ from arvideo_dist.derived import Derived
 from arvideo_dist.interchange import load_initial_encoder
 from arvideo_dist.model.kinds import build_model
 from arvideo_dist.picture import png
-from arvideo_dist.storage import patiently, without_credentials
+from arvideo_dist.storage import Storage, is_full, patiently, without_credentials
 from arvideo_dist.train import changes
 from arvideo_dist.train import checkpoint as checkpoints
 from arvideo_dist.train.activity import activity
@@ -106,7 +107,7 @@ def train(
     position = start.state["position"] if start is not None else 0
     step = activity.step = start.state["step"] if start is not None else 0
     plan = plan_of(config, derived, start.state if start is not None else None)
-    total_steps = step + plan.steps_left(position)
+    total_steps = activity.total_steps = step + plan.steps_left(position)
     _say(rank, f"continues from {start}, step {step}" if start else f"starts from {origin}")
     if derived.world_size != task.derived.world_size:
         _say(rank, derived.batch_line())
@@ -316,12 +317,24 @@ def train(
     if step == began_at and "loss/val" not in metrics:  # the checkpoint was not the end of a run then
         metrics |= validation()
     if rank == 0:
-        patiently(notes.flush)
-        result = json.dumps({"step": step, **metrics}, indent=1).encode()
-        patiently(lambda: run.write_bytes(RESULT, result))
+        _leave_result(run, notes, {"step": step, **metrics})
     return None
+
+
+def _leave_result(run: Storage, notes: DeferredWrites, result: Mapping[str, float]) -> None:
+    try:
+        patiently(notes.flush)
+        patiently(lambda: run.write_bytes(RESULT, json.dumps(result, indent=1).encode()))
+    except OSError as error:
+        if not is_full(error):
+            raise
+        raise RunStoppedError(
+            f"the run is trained and saved, but {run.uri} takes no result: {error}. Make room there; the same "
+            "command ends the run"
+        ) from error
 
 
 def _say(rank: int, line: str) -> None:
     if rank == 0:
         print(line, flush=True)
+        activity.spoke()

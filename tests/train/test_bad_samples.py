@@ -45,7 +45,7 @@ def _meet(bad: BadSamples, place: int, sample: int) -> None:
     """One step: rank 1 has a bad sample at `place`."""
     batch = micro_batch([place])
     if dist.get_rank():
-        batch.bad = [BadRecord(place, "train-0.tar", str(sample), f"bad at {place}")]
+        batch.bad = [BadRecord(place, "train-0.tar", str(sample), f"bad at {place}", "train")]
     bad.account([batch], 1, place)
 
 
@@ -90,7 +90,7 @@ def test_a_sample_is_one_record_however_many_epochs_meet_it(found: list[dict[str
         assert rank["epochs"]["listed"] == [
             {
                 **{"shard": "train-0.tar", "key": str(sample), "reason": f"bad at {last + sample}"},
-                **{"places": EPOCHS, "first_place": sample, "last_place": last + sample},
+                **{"places": EPOCHS, "first_place": sample, "last_place": last + sample, "split": "train"},
             }
             for sample in BAD
         ]
