@@ -29,7 +29,7 @@ from mlflow.tracking import MlflowClient
 from mlflow.utils.time import get_current_time_millis
 
 from arvideo_dist.config import RunConfig
-from arvideo_dist.storage import Storage, patiently, shown, without_credentials
+from arvideo_dist.storage import Storage, lasts, patiently, shown, without_credentials
 
 RUN_FILE = "run.json"  # in the run's folder: which MLflow run it is
 # A name that no other run has, also none of the same folder before it. It is written before the MLflow run is made
@@ -80,8 +80,8 @@ def refuses(error: Exception) -> bool:
 def open_run(config: RunConfig, derived: Mapping[str, Any], folder: Storage) -> str:
     """Id of the MLflow run of this training run: the one that `run.json` in its `folder` names, or a new one.
 
-    Raises ValueError where the tracking server does not know the run any more, and where a new run finds no
-    server. A run that continues does not need one: this says so.
+    Raises ValueError where the tracking server refuses, or does not know the run any more, and OSError where a new
+    run cannot reach it. A run that continues does not need one: this says so.
     """
     logging.getLogger("alembic").setLevel(logging.WARNING)
     uri = tracking_uri(config)
@@ -104,7 +104,8 @@ def open_run(config: RunConfig, derived: Mapping[str, Any], folder: Storage) -> 
                 flush=True,
             )
             return known
-        raise ValueError(
+        needs_a_person = refuses(error) or (isinstance(error, OSError) and lasts(error))
+        raise (ValueError if needs_a_person else OSError)(
             f"MLflow at {shown(uri)}: {shown(error)}. Check tracking.uri; {folder.uri}/{RUN_FILE} names the MLflow "
             "run that this run continues, if it exists: use another run.name to begin a new one"
         ) from error

@@ -1,8 +1,8 @@
 """The memory check's estimate beside what real runs on CPU workers take: `python benchmarks/memory.py --json FILE`.
 
 Each case is a `pretrain` run of a few steps with a checkpoint at its end. Measured is the largest proportional set
-size (shared pages divided among who shares them) of each training worker with its decode processes, less what it was when
-the workers started, since the check compares with what is free then.
+size (shared pages divided among who shares them) of each training worker with its decode processes, less what it
+was when the workers started, since the check compares with what is free then.
 """
 
 from __future__ import annotations

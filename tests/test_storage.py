@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 
 import pytest
 
-from arvideo_dist.storage import Storage, shown, without_credentials
+from arvideo_dist import storage
+from arvideo_dist.storage import Storage, patiently, shown, without_credentials
 from tests.services.relays import RefusesWrites
 from tests.services.s3 import S3
 
@@ -132,3 +134,13 @@ def test_a_slash_at_the_end_of_an_address_changes_nothing(s3: S3) -> None:
     with_slash = Storage(s3.uri("slashes/folder/"))
     with_slash.child("below").write_bytes("member", b"content")
     assert Storage(s3.uri("slashes/folder")).read_bytes("below/member") == b"content"
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EROFS])
+def test_a_full_disk_is_not_waited_for(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails() -> None:
+        raise OSError(number, "disk")
+
+    monkeypatch.setattr(storage.time, "sleep", lambda seconds: pytest.fail(f"waited {seconds} s"))
+    with pytest.raises(OSError, match="disk"):
+        patiently(fails)

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import time
 from collections import Counter
 from collections.abc import Sequence
 from typing import TypeVar
 
+import torch
 import torch.distributed as dist
 
 from arvideo_dist.checks.finding import WAITS_S, Finding, Level, errors, retried
-from arvideo_dist.checks.machine import check_machine, check_room
+from arvideo_dist.checks.machine import (
+    check_disk,
+    check_machine,
+    check_memory,
+    check_room,
+    check_shared_memory,
+)
 from arvideo_dist.checks.memory import checkpoint_bytes
 from arvideo_dist.checks.needs import needs_of
 from arvideo_dist.checks.network import check_clock
@@ -52,16 +60,28 @@ def check_driver(config: RunConfig) -> None:
 
 
 def check_run(config: RunConfig, derived: Derived) -> None:
-    """What the numbers of the run say here, on the driver: room for checkpoints, and a plan that is seldom meant.
+    """What the numbers of the run say here, on the driver, before Ray starts: a plan that is seldom meant, room for
+    checkpoints, and where all workers will be on this machine, what the machine has.
 
-    ValueError where a new run's checkpoints find no room; of one that has begun others may use the storage too, and
-    saves that fail have their own patience (`run.max_failed_saves`).
+    ValueError where something of this is an error for a new run. One that has begun is warned: its workers look
+    again, others may use the storage too, and saves that fail have their own patience (`run.max_failed_saves`).
     """
     findings = [*check_plan(derived), *check_room(config, checkpoint_bytes(derived))]
+    if _starts_ray_here(config):
+        device, workers = config.cluster.device, derived.world_size
+        cuda = device == "cuda" or (device == "auto" and torch.cuda.is_available())
+        needs = needs_of(config, derived, cuda=cuda)
+        findings += [check_shared_memory(needs, workers, cuda=cuda), check_memory(needs, workers)]
+        findings += check_disk(config, needs)
     run = Storage(config.run.storage_path).child(config.run.name)
     if not _is_new(run):
         findings = [finding.softened() for finding in findings]
     _stop_at_errors(findings, run)
+
+
+def _starts_ray_here(config: RunConfig) -> bool:
+    elsewhere = {"RAY_ADDRESS", "RAY_JOB_CONFIG_JSON_ENV_VAR"} & os.environ.keys()
+    return config.cluster.address is None and not elsewhere
 
 
 def _stop_at_errors(findings: Sequence[Finding], run: Storage) -> None:
@@ -113,7 +133,8 @@ def check_workers_start(
     if rank == 0:
         _say_warnings(everyones)
     if found := errors(everyones):
-        raise RunStoppedError(_listed("the workers' machines are not ready", found))
+        message = _listed("the workers' machines are not ready", found)
+        raise RunStoppedError(message, passing=all(finding.away for finding in found))
 
 
 def _is_new(run: Storage) -> bool:

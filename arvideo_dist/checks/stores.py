@@ -273,9 +273,8 @@ def _check_sqlite(uri: str) -> Finding:
         finally:
             database.close()
     except sqlite3.OperationalError as error:  # locked, not writable, no such folder
-        return Finding(
-            "mlflow", Level.ERROR, f"{uri}: {error}: check tracking.uri and the file's rights", passing=True
-        )
+        message = f"{uri}: {error}: check tracking.uri and the file's rights"
+        return Finding("mlflow", Level.ERROR, message, passing=True, away="locked" in str(error))
     except sqlite3.DatabaseError as error:
         return Finding(
             "mlflow", Level.ERROR, f"{uri}: {error}: move the file away, or set tracking.uri to another"

@@ -58,7 +58,7 @@ def plan_of(config: RunConfig, derived: Derived, state: Mapping[str, Any] | None
     """The plan of a run that goes on from a checkpoint's `state`, or begins (None).
 
     The configuration says the length (train.steps, or train.epochs of so many samples) unless only the global batch
-    has changed: then the run keeps as many places as it was planned for.
+    has changed: then the run keeps as many places as it was planned for. ValueError if the warm-up takes all of it.
     """
     total_places = derived.total_places
     assert total_places is not None
@@ -68,6 +68,11 @@ def plan_of(config: RunConfig, derived: Derived, state: Mapping[str, Any] | None
     ):
         planned = state["derived"]["total_steps"] * state["derived"]["global_batch"]
         total_places = state.get("total_places", planned)  # a checkpoint of an older release has none
+    if derived.warmup_steps >= total_places / derived.global_batch:
+        raise ValueError(
+            f"optim.warmup_epochs {config.optim.warmup_epochs:g} is {derived.warmup_steps:.0f} steps, the whole "
+            f"run is {total_places / derived.global_batch:.0f}: lower optim.warmup_epochs"
+        )
     return Plan(total_places, derived.global_batch, derived.warmup_steps, derived.peak_lr, derived.min_lr)
 
 
