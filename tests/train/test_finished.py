@@ -20,7 +20,7 @@ from arvideo_dist.train import finished, outbox
 from arvideo_dist.train.changes import data_digests
 from arvideo_dist.train.checkpoint import FOLDER, MANIFEST, STATE, CheckpointManifest, checkpoint_name
 from arvideo_dist.train.finished import already_finished
-from arvideo_dist.train.launch import run_folder
+from arvideo_dist.train.launch import check_resume, run_folder
 from arvideo_dist.train.outbox import Points
 from arvideo_dist.train.stop import RESULT
 from tests.data.conftest import FRAMES, write_dataset
@@ -176,3 +176,19 @@ def test_an_mlflow_that_is_gone_does_not_hide_that_the_run_is_finished(
     found = already_finished(config)
     assert found is not None
     assert "does not tell whether it has all of the run" in capsys.readouterr().out
+
+
+def test_another_batch_on_the_way_is_said_with_the_steps_that_are_left(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _leave(_config(folder, "half"), step=STEPS // 2)
+    doubled = _config(folder, "half", global_batch=2 * BATCH)
+    pretrain._print_start(doubled, derive(doubled, SAMPLES), check_resume(doubled))
+    said = capsys.readouterr().out
+    assert (
+        "schedule: 5 steps (3 of them done, some with another train.global_batch: the run keeps the 24 clips"
+        in said
+    )
+    plain = _config(folder, "half")
+    pretrain._print_start(plain, derive(plain, SAMPLES), check_resume(plain))
+    assert "schedule: 6 steps over 8 samples" in capsys.readouterr().out
