@@ -7,7 +7,6 @@ from typing import Any
 
 from arvideo_dist.config import RunConfig
 from arvideo_dist.storage import Storage, shown
-from arvideo_dist.train import outbox
 from arvideo_dist.train.checkpoint import FOLDER
 from arvideo_dist.train.launch import Finished, check_resume, derive_checked, run_folder
 from arvideo_dist.train.lease import acquire
@@ -52,7 +51,8 @@ def already_finished(config: RunConfig) -> Finished | None:
 
 def _settle_mlflow(config: RunConfig, run: Storage) -> str:
     """Send what MLflow has not got and set the status that it did not take; the id of its run."""
-    from arvideo_dist import tracking  # imports MLflow, which takes seconds
+    from arvideo_dist import tracking  # these import MLflow, which takes seconds
+    from arvideo_dist.train import outbox
 
     uri = tracking.tracking_uri(config)
     run_id = str(json.loads(run.read_bytes(tracking.RUN_FILE))["mlflow_run_id"])
