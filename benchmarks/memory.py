@@ -2,12 +2,16 @@
 
 Each case is a `pretrain` run of a few steps with a checkpoint at its end. Measured is the largest proportional set
 size (shared pages divided among who shares them) of each training worker with its decode processes, less what it
-was when the workers started, since the check compares with what is free then.
+was when the workers started, since the check compares with what is free then. With `--alone CASE` one rank trains in
+this process, without Ray, loader and decode workers, and its largest resident set is compared with the parts but those
+of batches and decode workers.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import resource
 import subprocess
 import sys
 import tempfile
@@ -15,13 +19,17 @@ import threading
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
+import torch
+import torch.distributed as dist
 import yaml
 
 from arvideo_dist.bench.report import environment, write_json
-from arvideo_dist.checks.memory import memory_of
+from arvideo_dist.checks.memory import PROCESS_BYTES, memory_of
 from arvideo_dist.config import RunConfig
 from arvideo_dist.derived import derive
+from arvideo_dist.storage import Storage
 
 _EVERY_S = 0.2
 CASES: dict[str, dict[str, Any]] = {
@@ -49,7 +57,13 @@ def main() -> None:
     )
     parser.add_argument("--json", type=Path, required=True)
     parser.add_argument("--cases", nargs="*", default=list(CASES), help="names; default: all")
+    parser.add_argument("--alone", choices=list(CASES))
     flags = parser.parse_args()
+    if flags.alone:
+        found = alone(flags.alone)
+        print(json.dumps(found))
+        write_json(flags.json, {"subject": "memory check, one rank alone", **environment(), **found})
+        return
     result: dict[str, Any] = {"subject": "memory check", **environment(), "cases": {}}
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
@@ -91,6 +105,59 @@ def measure(folder: Path, name: str) -> dict[str, Any]:
         "parts_mib": {what: round(number / 2**20) for what, number in host.parts},
         "measured_gib": sorted(measured.values()),
         "estimate_over_measured": round(host.total / 2**30 / max(measured.values()), 2),
+    }
+
+
+def alone(name: str) -> dict[str, Any]:
+    """Three steps and a save of one rank: estimate and measurement."""
+    from arvideo_dist.data.loader import Batch
+    from arvideo_dist.model.kinds import build_model
+
+    train = {**CASES[name]["train"], "global_batch": CASES[name]["train"]["micro_batch"]}
+    config = RunConfig.model_validate(
+        {**CASES[name], "train": train, "cluster": {"workers": 1, "device": "cpu"}}
+    )
+    derived = derive(config, None)
+    before = psutil.Process().memory_info().rss
+    from arvideo_dist.train.engine import Engine
+    from arvideo_dist.train.saver import Saver
+
+    with tempfile.TemporaryDirectory() as folder:
+        dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=0, world_size=1)
+        model = build_model(config.model, config.decoder)
+        draw, rng = model.sequences.draw_sequence, np.random.default_rng(0)
+        engine = Engine(model, config.train, config.optim, torch.device("cpu"), 1)
+        saver = Saver(Storage(folder), engine, config.run, lambda line: None)
+        clips, side = config.train.micro_batch, config.model.image_size
+        for step in range(1, 4):
+            drawn = [draw(rng) for _ in range(clips)]
+            batch = Batch(
+                clips=torch.randint(0, 256, (clips, 3, config.model.frames, side, side), dtype=torch.uint8),
+                context_ids=torch.from_numpy(np.stack([context for context, _ in drawn])),
+                target_ids=torch.from_numpy(np.stack([target for _, target in drawn])),
+                weights=torch.ones(clips),
+                places=torch.arange(clips),
+                bad=[],
+            )
+            engine.accumulate([batch], float(clips))
+            saver.before_update()
+            engine.apply(1e-4)
+            if step == 2:
+                saver.request(step, {})
+        saver.finish()
+        dist.destroy_process_group()
+    measured = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
+    host, _ = memory_of(config, derived, cuda=False)
+    parts = {what: number for what, number in host.parts if what != "batches"}
+    parts["processes"] = PROCESS_BYTES
+    return {
+        "case": name,
+        "workers": 1,
+        "micro_batch": clips,
+        "parts_mib": {what: round(number / 2**20) for what, number in parts.items()},
+        "estimated_gib": round(sum(parts.values()) / 2**30, 2),
+        "measured_gib": round(measured / 2**30, 2),
+        "estimate_over_measured": round(sum(parts.values()) / measured, 2),
     }
 
 

@@ -30,7 +30,7 @@ _STATE_BYTES_PER_PARAMETER = 12  # fp32 weight, exp_avg, exp_avg_sq
 _BF16_SHARE = 0.75
 _CUDA_BYTES = 2**30  # context, libraries' workspaces, fragments of the allocator
 # Beyond what a worker holds when it looks: DeepSpeed, buffers of the collectives; each decode worker's own pages.
-_PROCESS_BYTES = 300 * 2**20
+PROCESS_BYTES = 300 * 2**20
 _DECODER_BYTES = 100 * 2**20
 
 
@@ -62,7 +62,7 @@ def memory_of(config: RunConfig, derived: Derived, *, cuda: bool) -> tuple[Memor
     training, per_clip = _training(config, derived, cuda=cuda)
     batches, batches_per_clip = _batches(config, derived, cuda=cuda)
     host = [*batches, ("the copy that saves take", _saved(config, derived))]
-    host.append(("processes", _PROCESS_BYTES + _DECODER_BYTES * config.data.workers))
+    host.append(("processes", PROCESS_BYTES + _DECODER_BYTES * config.data.workers))
     micro = derived.micro_batch
     if cuda:
         device = (*training, ("CUDA", _CUDA_BYTES))
