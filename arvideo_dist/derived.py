@@ -37,6 +37,11 @@ class Derived:
     total_steps: int | None
     warmup_steps: float | None
 
+    @property
+    def total_places(self) -> int | None:
+        """Places of the sample sequence that the run is planned for."""
+        return None if self.total_steps is None else self.total_steps * self.global_batch
+
     def at_world_size(self, world_size: int) -> Derived:
         """The same run on `world_size` workers: the global batch stays, accumulation and padding follow."""
         steps = accumulation_steps(self.global_batch, self.micro_batch, world_size)
@@ -98,7 +103,9 @@ def _check_length(config: RunConfig, samples: int, total_steps: int, warmup_step
             f"train.epochs {config.train.epochs:g} of {samples} samples is less than one step of "
             f"train.global_batch {config.train.global_batch}: lower the batch or set train.steps"
         )
-    if warmup_steps >= total_steps:
+    # With leave for another batch only the checkpoint tells how many of its steps the run has (`schedule.plan_of`).
+    planned_here = config.train.steps is None or "train.global_batch" not in config.run.allow_change
+    if planned_here and warmup_steps >= total_steps:
         raise ValueError(
             f"optim.warmup_epochs {config.optim.warmup_epochs:g} is {warmup_steps:.0f} steps, the whole run is "
             f"{total_steps}: set optim.warmup_epochs below {total_steps * config.train.global_batch / samples:g}"

@@ -43,5 +43,10 @@ def _cross_attention_block_flops(n: int, m: int, w: int, self_attention: bool) -
 
 def parameter_count(model: ModelConfig, decoder: DecoderConfig) -> int:
     """Trained parameters, encoder and decoder."""
+    return sum(math.prod(shape) for shape in parameter_shapes(model, decoder).values())
+
+
+def parameter_shapes(model: ModelConfig, decoder: DecoderConfig) -> dict[str, tuple[int, ...]]:
+    """Each parameter's shape, by name."""
     with torch.device("meta"):
-        return sum(p.numel() for p in build_model(model, decoder).parameters())
+        return {name: tuple(p.shape) for name, p in build_model(model, decoder).named_parameters()}

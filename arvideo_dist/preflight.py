@@ -43,6 +43,9 @@ def main(argv: list[str] | None = None) -> None:
         exit_with(error, 2)
 
     from arvideo_dist.bench.report import environment, write_json  # these import MLflow and Ray: seconds
+    from arvideo_dist.checks.machine import check_room
+    from arvideo_dist.checks.memory import checkpoint_bytes
+    from arvideo_dist.checks.plan import check_plan
     from arvideo_dist.checks.report import as_json, table, verdict
 
     findings, uri = _driver(config)
@@ -52,6 +55,8 @@ def main(argv: list[str] | None = None) -> None:
             derived = derive_checked(config)  # with the number of samples
         except (ValueError, OSError) as error:
             print(f"without the data set's size: {str(error).splitlines()[0]}", flush=True)
+    if derived.samples is not None:
+        findings += [*check_plan(derived), *check_room(config, checkpoint_bytes(derived))]
     findings += _workers(config, derived, uri, flags.wait)
     print(table(findings))
     print(verdict(findings), flush=True)

@@ -6,14 +6,18 @@ import argparse
 import json
 import os
 import sys
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import NoReturn
 
-from arvideo_dist.checks.start import check_driver
+from arvideo_dist.checks.start import check_driver, check_run
 from arvideo_dist.config import RunConfig
 from arvideo_dist.derived import Derived, derive
 from arvideo_dist.settings import exit_with, read_config
 from arvideo_dist.storage import lasts, shown
+from arvideo_dist.train.bad_samples import ARTIFACT
+from arvideo_dist.train.checkpoint import Checkpoint
+from arvideo_dist.train.finished import already_finished
 from arvideo_dist.train.launch import (
     Finished,
     check_initial_weights,
@@ -24,6 +28,7 @@ from arvideo_dist.train.launch import (
     with_absolute_paths,
 )
 from arvideo_dist.train.lease import LeaseLostError, acquire
+from arvideo_dist.train.schedule import plan_of
 from arvideo_dist.train.stop import CrashLoopError, RunInterruptedError, RunStoppedError
 
 
@@ -40,12 +45,14 @@ def main(argv: list[str] | None = None) -> None:
             print(json.dumps(asdict(derived)))
             return
         config = with_absolute_paths(config)
-        check_driver(config)
-        derived = derive_checked(config)
-        with acquire(run_folder(config), config.run.lease_s) as lease:
-            check_resume(config)
-            _print_start(config, derived)
-            finished = launch(config, derived, lease)
+        finished = already_finished(config)
+        if finished is None:
+            check_driver(config)
+            derived = derive_checked(config)
+            check_run(config, derived)
+            with acquire(run_folder(config), config.run.lease_s) as lease:
+                _print_start(config, derived, check_resume(config))
+                finished = launch(config, derived, lease)
     except ValueError as error:
         exit_with(error, 2)
     except RunStoppedError as error:
@@ -72,7 +79,16 @@ def _exit_with_failed_storage(error: OSError) -> NoReturn:
     )
 
 
-def _print_start(config: RunConfig, derived: Derived) -> None:
+def _print_start(config: RunConfig, derived: Derived, checkpoint: Checkpoint | None) -> None:
+    """`checkpoint`: that the run goes on from."""
+    plan = plan_of(config, derived, checkpoint.state if checkpoint is not None else None)
+    steps, others = plan.steps_left(0), ""
+    if checkpoint is not None and plan.total_places != derived.total_places:
+        steps = checkpoint.state["step"] + plan.steps_left(checkpoint.state["position"])
+        others = (
+            f" ({checkpoint.state['step']} of them done, some with another train.global_batch: the run keeps the "
+            f"{plan.total_places} clips that it was planned for)"
+        )
     clusters = ""
     if derived.clusters is not None:
         clusters = f"{derived.clusters} clusters, {derived.kept_tokens_per_cluster} kept tokens each; "
@@ -82,7 +98,7 @@ def _print_start(config: RunConfig, derived: Derived) -> None:
         "a clip\n"
         f"tokens: {clusters}{derived.encoder_tokens} encoder tokens, {derived.decoder_queries} decoder queries\n"
         f"{derived.batch_line()}\n"
-        f"schedule: {derived.total_steps} steps over {derived.samples} samples, warm-up "
+        f"schedule: {steps} steps{others} over {derived.samples} samples, warm-up "
         f"{derived.warmup_steps:.0f} steps, learning rate {derived.peak_lr:.3g} to {derived.min_lr:.3g}",
         flush=True,
     )
@@ -95,18 +111,26 @@ def _print_end(config: RunConfig, finished: Finished) -> None:
     print(f"\nrun         {finished.run_folder}")
     print(f"checkpoint  {finished.checkpoint}")
     if "loss/val" in metrics:
-        below = 1 - metrics["loss/val"] / metrics["loss/constant_predictor"]
         print(f"picture     {finished.run_folder}/pictures/")
+        print(f"validation  {_validation(metrics)}")
+    elif config.data.val_split is not None:
         print(
-            f"validation  loss {metrics['loss/val']:.4f}, best constant predictor "
-            f"{metrics['loss/constant_predictor']:.4f} ({abs(below):.1%} {'below' if below >= 0 else 'above'} it)"
+            f"validation  no loss: no clip of split {config.data.val_split!r} could be used, or the loss is not "
+            f"finite; {finished.run_folder}/{ARTIFACT} lists bad samples"
         )
-        if "loss/val_other_context" in metrics:
-            worse = metrics["loss/val_other_context"] / metrics["loss/val"] - 1
-            print(
-                f"            with another clip's context {metrics['loss/val_other_context']:.4f} ({worse:+.1%})"
-            )
     print(f"mlflow      run {finished.mlflow_run_id}; dashboard: {dashboard_command(config)}")
+
+
+def _validation(metrics: Mapping[str, float]) -> str:
+    loss, constant = metrics["loss/val"], metrics.get("loss/constant_predictor")
+    text = f"loss {loss:.4f}"
+    if constant:  # 0 where all targets are the same
+        below = 1 - loss / constant
+        side = "below" if below >= 0 else "above"
+        text += f", best constant predictor {constant:.4f} ({abs(below):.1%} {side} it)"
+    if (other := metrics.get("loss/val_other_context")) is not None and loss:
+        text += f"\n            with another clip's context {other:.4f} ({other / loss - 1:+.1%})"
+    return text
 
 
 if __name__ == "__main__":

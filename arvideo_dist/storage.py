@@ -46,6 +46,7 @@ _LASTING = {
     errno.EEXIST,
 }
 _LASTING_WORDS = ("ACCESS_DENIED", "NO_SUCH_BUCKET", "INVALID_ACCESS_KEY_ID", "SIGNATURE_DOES_NOT_MATCH")
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EROFS}
 
 _CLIENT_OPTIONS = {
     # Google's client repeats a request for 15 minutes.
@@ -68,13 +69,16 @@ class Storage:
         """`uri`: a local path (`~` allowed) or a URI that pyarrow knows, such as `s3://bucket/folder`.
 
         `address` opens the same folder again; `uri` is for people, without credentials that may stand in it.
-        Raises ValueError for a scheme that pyarrow does not know.
+        Raises ValueError for a scheme that pyarrow does not know, and OSError for a store that cannot be reached:
+        S3 is asked for the region of a bucket whose URI does not name it.
         """
         self._s3: S3Reader | None = None
         if "://" in uri:
             try:
                 self.fs, self.root = pafs.FileSystem.from_uri(_with_options(uri))
             except (OSError, ValueError) as error:
+                if isinstance(error, OSError) and not lasts(error):
+                    raise OSError(f"cannot open storage {shown(uri)!r}: {shown(error)}") from None
                 raise ValueError(f"cannot open storage {shown(uri)!r}: {shown(error)}") from None
             if isinstance(self.fs, pafs.S3FileSystem):
                 # botocore's import is for those who use it.
@@ -256,6 +260,15 @@ def is_missing(error: OSError) -> bool:
     return isinstance(error, FileNotFoundError)
 
 
+def is_full(error: OSError) -> bool:
+    """Whether a disk is full or may only be read: a person makes room, no waiting does."""
+    return error.errno in _FULL
+
+
+def is_missing_or_full(error: OSError) -> bool:
+    return is_missing(error) or is_full(error)
+
+
 def lasts(error: OSError) -> bool:
     """Whether time alone does not mend `error`."""
     words = any(word in str(error) for word in _LASTING_WORDS)
@@ -265,13 +278,13 @@ def lasts(error: OSError) -> bool:
 def patiently(
     action: Callable[[], Result],
     patience_s: float = _PATIENCE_S,
-    is_answer: Callable[[OSError], bool] = is_missing,
+    is_answer: Callable[[OSError], bool] = is_missing_or_full,
 ) -> Result:
     """The result of `action`, tried again with growing pauses while the storage fails; what fails still after
     `patience_s` seconds is raised.
 
-    Only for actions that may be done twice. An error that `is_answer`, such as a missing member, is raised at
-    once.
+    Only for actions that may be done twice. An error that `is_answer`, such as a missing member or a full disk, is
+    raised at once.
     """
     began, pause = time.monotonic(), 0.5
     while True:

@@ -16,6 +16,7 @@ import shutil
 import sys
 import tempfile
 import time
+import uuid
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -28,9 +29,13 @@ from mlflow.tracking import MlflowClient
 from mlflow.utils.time import get_current_time_millis
 
 from arvideo_dist.config import RunConfig
-from arvideo_dist.storage import Storage, patiently, shown, without_credentials
+from arvideo_dist.storage import Storage, lasts, patiently, shown, without_credentials
 
 RUN_FILE = "run.json"  # in the run's folder: which MLflow run it is
+# A name that no other run has, also none of the same folder before it. It is written before the MLflow run is made
+# and is one of its tags from the first moment, so that a start that was killed before RUN_FILE stood is taken up.
+IDENTITY_FILE = "identity.json"
+IDENTITY_TAG = "arvideo.run_id"
 # MLflow's client repeats a request for minutes by itself, and waits two for each answer. Here it does so once, at
 # once, which is enough for a connection that the server had closed; who can wait repeats it again. Variables that
 # are set already are left.
@@ -75,8 +80,8 @@ def refuses(error: Exception) -> bool:
 def open_run(config: RunConfig, derived: Mapping[str, Any], folder: Storage) -> str:
     """Id of the MLflow run of this training run: the one that `run.json` in its `folder` names, or a new one.
 
-    Raises ValueError where the tracking server does not know the run any more, and where a new run finds no
-    server. A run that continues does not need one: this says so.
+    Raises ValueError where the tracking server refuses, or does not know the run any more, and OSError where a new
+    run cannot reach it. A run that continues does not need one: this says so.
     """
     logging.getLogger("alembic").setLevel(logging.WARNING)
     uri = tracking_uri(config)
@@ -90,18 +95,7 @@ def open_run(config: RunConfig, derived: Mapping[str, Any], folder: Storage) -> 
         if known is not None:
             client.update_run(known, status="RUNNING")
             return known
-        run_id = client.create_run(
-            _experiment_id(client, config), run_name=config.run.name, tags={"arvideo.run": folder.uri}
-        ).info.run_id
-        try:
-            _log_parameters(client, run_id, config)
-            resolved = without_credentials(config.model_dump(mode="json"))
-            client.log_text(run_id, yaml.safe_dump(resolved, sort_keys=False), "config.yaml")
-            client.log_dict(run_id, dict(derived), "derived.json")
-        except Exception:  # the next start makes another one
-            with contextlib.suppress(Exception):
-                client.delete_run(run_id)
-            raise
+        run_id = _new_run(client, config, derived, folder)
     except (MlflowException, requests.HTTPError, OSError) as error:
         if known is not None and not refuses(error):
             print(
@@ -110,13 +104,57 @@ def open_run(config: RunConfig, derived: Mapping[str, Any], folder: Storage) -> 
                 flush=True,
             )
             return known
-        raise ValueError(
+        needs_a_person = refuses(error) or (isinstance(error, OSError) and lasts(error))
+        raise (ValueError if needs_a_person else OSError)(
             f"MLflow at {shown(uri)}: {shown(error)}. Check tracking.uri; {folder.uri}/{RUN_FILE} names the MLflow "
             "run that this run continues, if it exists: use another run.name to begin a new one"
         ) from error
     record = json.dumps({"mlflow_run_id": run_id, "tracking_uri": uri}).encode()
     patiently(lambda: folder.write_bytes(RUN_FILE, record))
     return run_id
+
+
+def _new_run(client: MlflowClient, config: RunConfig, derived: Mapping[str, Any], folder: Storage) -> str:
+    """Id of a described MLflow run of this training run: one that a start before this one made, or a new one."""
+    experiment, identity = _experiment_id(client, config), _identity(folder)
+    before = _runs_of(client, experiment, identity)
+    if not before:
+        tags = {"arvideo.run": folder.uri, IDENTITY_TAG: identity}
+        client.create_run(experiment, run_name=config.run.name, tags=tags)
+    # A request whose answer was lost is repeated by MLflow's client, and makes two.
+    run_id, *doubles = before or _runs_of(client, experiment, identity)
+    for double in doubles:
+        client.delete_run(double)
+    try:
+        _log_parameters(client, run_id, config)
+        resolved = without_credentials(config.model_dump(mode="json"))
+        client.log_text(run_id, yaml.safe_dump(resolved, sort_keys=False), "config.yaml")
+        client.log_dict(run_id, dict(derived), "derived.json")
+    except (
+        Exception
+    ) as error:  # nothing is logged in it yet: another one is made, by the next start at the latest
+        if before and refuses(error):  # that start had other parameters
+            client.delete_run(run_id)
+            return _new_run(client, config, derived, folder)
+        with contextlib.suppress(Exception):
+            client.delete_run(run_id)
+        raise
+    return run_id
+
+
+def _identity(folder: Storage) -> str:
+    if not patiently(lambda: folder.exists(IDENTITY_FILE)):
+        content = json.dumps({"run_id": uuid.uuid4().hex}).encode()
+        patiently(lambda: folder.write_bytes(IDENTITY_FILE, content))
+    return str(json.loads(patiently(lambda: folder.read_bytes(IDENTITY_FILE)))["run_id"])
+
+
+def _runs_of(client: MlflowClient, experiment: str, identity: str) -> list[str]:
+    """Ids of the MLflow runs of that identity, oldest first."""
+    found = client.search_runs(
+        [experiment], f"tags.`{IDENTITY_TAG}` = '{identity}'", order_by=["attributes.start_time ASC"]
+    )
+    return [run.info.run_id for run in found]
 
 
 def close_run(config: RunConfig, run_id: str, status: str) -> None:
@@ -140,6 +178,11 @@ def close_run(config: RunConfig, run_id: str, status: str) -> None:
         time.sleep(_PAUSE_S)
 
 
+def status_of(uri: str, run_id: str) -> str:
+    """RUNNING, FINISHED, FAILED or KILLED. Raises what MLflow's client raises."""
+    return str(_client(uri).get_run(run_id).info.status)
+
+
 class RunStorageError(OSError):
     """Not MLflow fails but the run's own storage, without which nothing may be sent."""
 
@@ -158,14 +201,15 @@ class Tracker:
         self._check = before_write
         self._client = _client(uri)
         self._run_id = run_id
-        self._last_steps: dict[str, int] = {}
+        self._last_steps: dict[str, int] | None = None  # of each metric; None: MLflow is asked
 
     def log(self, step: int, metrics: Mapping[str, float], time_ms: int | None = None) -> None:
         """One point of each metric at `step`, in one transaction; points that exist already are left out.
 
         `time_ms`: when they were measured, in UNIX time, the same again where the request is repeated; None: now.
         """
-        new = {key: value for key, value in metrics.items() if step > self._last_step(key)}
+        last = self._last_steps_there()
+        new = {key: value for key, value in metrics.items() if step > last.get(key, -1)}
         if not new:
             return
         time_ms = get_current_time_millis() if time_ms is None else time_ms
@@ -175,9 +219,9 @@ class Tracker:
                 self._run_id, metrics=[Metric(key, float(value), time_ms, step) for key, value in new.items()]
             )
         except Exception:
-            self._last_steps.clear()  # MLflow may have them all the same: it is asked again
+            self._last_steps = None  # MLflow may have them all the same: it is asked again
             raise
-        self._last_steps.update(dict.fromkeys(new, step))
+        last.update(dict.fromkeys(new, step))
 
     def _before_write(self) -> None:
         try:
@@ -185,11 +229,16 @@ class Tracker:
         except OSError as error:  # MLflow's client has the same type for a server that is away
             raise RunStorageError(str(error)) from error
 
-    def _last_step(self, key: str) -> int:
-        if key not in self._last_steps:
-            history = self._client.get_metric_history(self._run_id, key)
-            self._last_steps[key] = max((point.step for point in history), default=-1)
-        return self._last_steps[key]
+    def _last_steps_there(self) -> dict[str, int]:
+        """The newest step of each metric that MLflow has.
+
+        MLflow keeps each metric's newest point beside its history, the one of the highest step (`latest_metrics` of
+        its SQL store), and gives all of them with the run; `RunData.metrics` alone leaves the steps out.
+        """
+        if self._last_steps is None:
+            points = self._client.get_run(self._run_id).data.to_proto().metrics
+            self._last_steps = {point.key: point.step for point in points}
+        return self._last_steps
 
     def tag(self, key: str, value: str) -> None:
         """Set a tag of the run."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,8 +11,9 @@ from typing import Any
 import pytest
 from pyarrow.fs import S3FileSystem
 
+from arvideo_dist import storage
 from arvideo_dist.s3 import S3Reader
-from arvideo_dist.storage import Storage, is_missing, lasts, shown, without_credentials
+from arvideo_dist.storage import Storage, is_missing, lasts, patiently, shown, without_credentials
 from tests.services.relays import CutOff, CutsAnswers, RefusesOthers, RefusesWrites, Requests
 from tests.services.s3 import S3
 
@@ -227,3 +229,13 @@ def test_an_answer_that_is_cut_off_is_no_short_read(counted: Storage, s3: S3) ->
     assert storage.read_range("member", 0, len(content)) == content
     assert relay.cut == 0
     relay.close()
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EROFS])
+def test_a_full_disk_is_not_waited_for(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails() -> None:
+        raise OSError(number, "disk")
+
+    monkeypatch.setattr(storage.time, "sleep", lambda seconds: pytest.fail(f"waited {seconds} s"))
+    with pytest.raises(OSError, match="disk"):
+        patiently(fails)

@@ -25,7 +25,10 @@ class Finding:
     check: str
     level: Level
     message: str
-    passing: bool = False  # may go away by itself: a store or server that does not answer now
+    passing: bool = False  # may go away by itself
+    away: bool = (
+        False  # a store or server that cannot be reached now, which is passing; the request may be right
+    )
     where: str = ""
 
     def at(self, where: str) -> Finding:
@@ -45,7 +48,8 @@ def errors(findings: Iterable[Finding]) -> list[Finding]:
 
 def of_os_error(check: str, error: OSError, remedy: str) -> Finding:
     """An error of a store, marked as passing unless it is one that time does not mend."""
-    return Finding(check, Level.ERROR, f"{_reason(error)}: {remedy}", passing=not lasts(error))
+    away = not lasts(error)
+    return Finding(check, Level.ERROR, f"{_reason(error)}: {remedy}", passing=away, away=away)
 
 
 def retried(

@@ -7,7 +7,6 @@ import os
 import re
 import shutil
 import tempfile
-from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 
@@ -16,6 +15,7 @@ import torch
 
 from arvideo_dist.bench.report import cpu_name
 from arvideo_dist.checks.finding import Finding, Level
+from arvideo_dist.checks.memory import Memory
 from arvideo_dist.checks.needs import Needs
 from arvideo_dist.config import RunConfig
 from arvideo_dist.data.index import index_cache
@@ -38,6 +38,7 @@ def check_machine(config: RunConfig, needs: Needs, *, workers_here: int, cuda: b
         check_device(cuda=cuda),
         check_shared_memory(needs, workers_here, cuda=cuda),
         check_memory(needs, workers_here),
+        *([check_device_memory(needs)] if cuda and torch.cuda.is_available() else []),
         *check_disk(config, needs),
     ]
 
@@ -120,25 +121,48 @@ def check_shared_memory(
 
 
 def check_memory(needs: Needs, workers_here: int) -> Finding:
-    """Memory that is free, within the container's limit too, against the batches that wait in it."""
-    free, required = _free_memory(), needs.memory * workers_here
-    found = f"{_size(free)} free, {workers_here} workers keep up to {_size(required)} of batches"
+    """Memory that is free, within the container's limit too, against all that the workers here will take of it."""
+    free, required = _free_memory(), needs.memory.total * workers_here
+    found = f"{_size(free)} free, {workers_here} workers take up to {_size(required)}, each: {_parts(needs.memory)}"
     if free < required:  # what a process that has just ended held may not be back yet
-        return Finding(
-            "memory",
-            Level.ERROR,
-            f"{found}: raise the container's memory limit, or lower data.workers or train.micro_batch",
-            passing=True,
-        )
+        remedy = f"{_smaller(needs.memory, free / workers_here)}, or raise the container's memory limit"
+        return Finding("memory", Level.ERROR, f"{found}: {remedy}", passing=True)
     return Finding("memory", Level.OK, found)
 
 
-def check_disk(config: RunConfig, needs: Needs) -> list[Finding]:
-    """Free disk for temporary files and the index, the shard cache, and storage that is a local path.
+def check_device_memory(needs: Needs) -> Finding:
+    """The GPU's memory against what training takes of it, by an estimate: only more than all of it is an error."""
+    free, total = torch.cuda.mem_get_info()
+    return judge_device_memory(needs.device_memory, free + torch.cuda.memory_reserved(), total)
 
-    What the run has there already counts as free. Storage without room is passing: others use it, and for saves
-    that fail there is `run.max_failed_saves`.
-    """
+
+def judge_device_memory(memory: Memory, free: int, total: int) -> Finding:
+    found = (
+        f"{_size(free)} of {_size(total)} free, a worker takes some {_size(memory.total)}: {_parts(memory)}"
+    )
+    if memory.total <= free:
+        return Finding("GPU memory", Level.OK, found)
+    level = Level.ERROR if memory.total > total else Level.WARNING
+    return Finding("GPU memory", level, f"{found}: {_smaller(memory, free)}")
+
+
+def _parts(memory: Memory) -> str:
+    return ", ".join(f"{_size(number)} {what}" for what, number in memory.parts if number)
+
+
+def _smaller(memory: Memory, room: float) -> str:
+    """What makes a worker fit into `room` bytes."""
+    largest = memory.largest_micro_batch(room)
+    if largest:
+        return f"lower train.micro_batch to {largest}, the largest that fits"
+    return (
+        "no train.micro_batch fits: raise train.zero_stage or the number of machines, lower data.workers or "
+        "train.global_batch, or take a smaller model.encoder"
+    )
+
+
+def check_disk(config: RunConfig, needs: Needs) -> list[Finding]:
+    """Free disk for temporary files, the index and the shard cache."""
     scratch = Path(tempfile.gettempdir())
     index = max(0, needs.index - _held(index_cache(), "*.arrow"))
     findings = [_room(scratch, index, "the data set's index", "set TMPDIR to a larger disk", ray=True)]
@@ -148,15 +172,22 @@ def check_disk(config: RunConfig, needs: Needs) -> list[Finding]:
         missing = max(0, needs.shard_cache - _held(folder, "*.tar"))
         remedy = "lower data.shard_cache_gib or set data.shard_cache to a larger disk"
         findings.append(_writable(folder) or _room(folder, missing, "data.shard_cache_gib", remedy))
-    run = Storage(config.run.storage_path).child(config.run.name)
-    if run.is_local:
-        held = _held(Path(run.root), f"{FOLDER}/*/*")
-        # A new checkpoint is whole before an old one goes.
-        missing = max(needs.checkpoint, needs.checkpoint * (config.run.keep_last + 1) - held)
-        remedy = "delete old runs, lower run.keep_last, or set run.storage_path to a larger disk"
-        room = _room(Path(run.root), missing, "the run's checkpoints", remedy)
-        findings.append(replace(room, passing=True))
     return findings
+
+
+def check_room(config: RunConfig, checkpoint: int) -> list[Finding]:
+    """Free disk for checkpoints of `checkpoint` bytes each, of storage that is a local path.
+
+    All machines share it, so one looks. What the run has there already counts as free.
+    """
+    run = Storage(config.run.storage_path).child(config.run.name)
+    if not run.is_local:
+        return []
+    held = _held(Path(run.root), f"{FOLDER}/*/*")
+    # A new checkpoint is whole before an old one goes.
+    missing = max(checkpoint, checkpoint * (config.run.keep_last + 1) - held)
+    remedy = "delete old runs, lower run.keep_last, or set run.storage_path to a larger disk"
+    return [_room(Path(run.root), missing, "the run's checkpoints", remedy)]
 
 
 def _room(folder: Path, required: int, what: str, remedy: str, *, ray: bool = False) -> Finding:

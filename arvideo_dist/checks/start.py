@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import time
 from collections import Counter
 from collections.abc import Sequence
 from typing import TypeVar
 
+import torch
 import torch.distributed as dist
 
 from arvideo_dist.checks.finding import WAITS_S, Finding, Level, errors, retried
-from arvideo_dist.checks.machine import check_machine
+from arvideo_dist.checks.machine import (
+    check_disk,
+    check_machine,
+    check_memory,
+    check_room,
+    check_shared_memory,
+)
+from arvideo_dist.checks.memory import checkpoint_bytes
 from arvideo_dist.checks.needs import needs_of
 from arvideo_dist.checks.network import check_clock
+from arvideo_dist.checks.plan import check_pace, check_plan
 from arvideo_dist.checks.stores import check_data, check_mlflow, check_shared, check_storage
 from arvideo_dist.config import RunConfig
 from arvideo_dist.derived import Derived
@@ -34,8 +44,8 @@ def check_driver(config: RunConfig) -> None:
     """Data set, storage and tracking server from here; ValueError says what is to be mended.
 
     In this order: nothing is written for a run whose data set is not there. A fault that may pass is tried again
-    for some seconds; where a run that has begun meets nothing else, OSError is raised instead. Without its
-    tracking server such a run goes on.
+    for some seconds. OSError is raised instead where a store or server cannot be reached, or where a run that has
+    begun meets nothing but what may pass. Without its tracking server such a run goes on.
     """
     run = Storage(config.run.storage_path).child(config.run.name)
     _stop_at_errors(retried(lambda: check_data(config), _say), run)
@@ -49,11 +59,38 @@ def check_driver(config: RunConfig) -> None:
         _stop_at_errors(retried(lambda: [check_mlflow(uri)], _say), run)
 
 
+def check_run(config: RunConfig, derived: Derived) -> None:
+    """What the numbers of the run say here, on the driver, before Ray starts: a plan that is seldom meant, room for
+    checkpoints, and where all workers will be on this machine, what the machine has.
+
+    ValueError where something of this is an error for a new run. One that has begun is warned: its workers look
+    again, others may use the storage too, and saves that fail have their own patience (`run.max_failed_saves`).
+    """
+    findings = [*check_plan(derived), *check_room(config, checkpoint_bytes(derived))]
+    if _starts_ray_here(config):
+        device, workers = config.cluster.device, derived.world_size
+        cuda = device == "cuda" or (device == "auto" and torch.cuda.is_available())
+        needs = needs_of(config, derived, cuda=cuda)
+        findings += [check_shared_memory(needs, workers, cuda=cuda), check_memory(needs, workers)]
+        findings += check_disk(config, needs)
+    run = Storage(config.run.storage_path).child(config.run.name)
+    if not _is_new(run):
+        findings = [finding.softened() for finding in findings]
+    _stop_at_errors(findings, run)
+
+
+def _starts_ray_here(config: RunConfig) -> bool:
+    elsewhere = {"RAY_ADDRESS", "RAY_JOB_CONFIG_JSON_ENV_VAR"} & os.environ.keys()
+    return config.cluster.address is None and not elsewhere
+
+
 def _stop_at_errors(findings: Sequence[Finding], run: Storage) -> None:
     _say_warnings(findings)
     if found := errors(findings):
         message = _listed("the run cannot start", found)
-        if all(finding.passing for finding in found) and not _is_new(run):
+        if all(finding.away for finding in found) or (
+            all(finding.passing for finding in found) and not _is_new(run)
+        ):
             raise OSError(message)
         raise ValueError(message)
 
@@ -74,8 +111,13 @@ def check_workers_start(
     hosts, clocks, news = zip(*facts, strict=True)
     new = any(news)
     cuda = dist.get_backend() == "nccl"
-    needs = needs_of(config, derived.at_world_size(world), cuda=cuda)
+    here = derived.at_world_size(world)
+    needs = needs_of(config, here, cuda=cuda)
+    if rank == 0:
+        _say_warnings(check_pace(config, here, cuda=cuda))
     findings = check_machine(config, needs, workers_here=Counter(hosts)[hosts[rank]], cuda=cuda)
+    if hosts.index(hosts[rank]) != rank:  # of a machine's memory one speaks
+        findings = [finding for finding in findings if finding.check != "memory"]
     findings.append(check_clock(clock - clocks[0], bound_s))
     waits_s = WAITS_S if new else ()
     lease_file = f"{lease.FOLDER}/{guard.name}"
@@ -91,7 +133,8 @@ def check_workers_start(
     if rank == 0:
         _say_warnings(everyones)
     if found := errors(everyones):
-        raise RunStoppedError(_listed("the workers' machines are not ready", found))
+        message = _listed("the workers' machines are not ready", found)
+        raise RunStoppedError(message, passing=all(finding.away for finding in found))
 
 
 def _is_new(run: Storage) -> bool:
@@ -128,5 +171,12 @@ def _say(line: str) -> None:
 
 
 def _listed(what: str, findings: Sequence[Finding]) -> str:
-    lines = dict.fromkeys(finding.line() for finding in findings)
+    """One line for each fault, however many ranks have found it."""
+    alike: dict[tuple[str, str], list[Finding]] = {}
+    for finding in findings:
+        alike.setdefault((finding.check, finding.message), []).append(finding)
+    lines = []
+    for first, *others in alike.values():
+        more = f" and {len(others)} more" if others else ""
+        lines.append(first.at(f"{first.where}{more}").line())
     return "\n  ".join([f"{what}; mend:", *lines])

@@ -106,6 +106,8 @@ def check_data(config: RunConfig, *, share: tuple[int, int] | None = None) -> li
     `share` (i, n) the i-th of n parts of all of them."""
     try:
         return [_check_split(split, share) for split in splits(config)]
+    except OSError as error:
+        return [of_os_error("data", error, "check data.path, and that it can be reached from this machine")]
     except ValueError as error:
         return [Finding("data", Level.ERROR, str(error))]
 
@@ -195,7 +197,11 @@ def check_mlflow(uri: str) -> Finding:
         MlflowClient(tracking_uri=uri).search_experiments(max_results=1)
     except MlflowException as error:
         return Finding(
-            "mlflow", Level.ERROR, f"{shown(uri)}: {shown(error)}: check tracking.uri", passing=True
+            "mlflow",
+            Level.ERROR,
+            f"{shown(uri)}: {shown(error)}: check tracking.uri",
+            passing=True,
+            away=True,
         )
     return Finding("mlflow", Level.OK, f"{shown(uri)} answers")
 
@@ -206,8 +212,8 @@ def _check_server(uri: str) -> Finding:
     from mlflow.utils.credentials import get_default_host_creds
     from mlflow.utils.rest_utils import http_request
 
-    def error(message: str, *, passing: bool = False) -> Finding:
-        return Finding("mlflow", Level.ERROR, f"{shown(uri)} {message}", passing=passing)
+    def error(message: str, *, away: bool = False) -> Finding:
+        return Finding("mlflow", Level.ERROR, f"{shown(uri)} {message}", passing=away, away=away)
 
     try:
         answer = http_request(
@@ -226,12 +232,12 @@ def _check_server(uri: str) -> Finding:
             message = (
                 f"does not answer within {_HTTP_TIMEOUT_S:g} s: check tracking.uri, and the server's load"
             )
-            return error(message, passing=True)
+            return error(message, away=True)
         if isinstance(cause, requests.exceptions.ConnectionError):
             return error(
                 "cannot be reached: check tracking.uri, that the server runs (in Kubernetes: kubectl -n arvideo "
                 "get pods -l app.kubernetes.io/name=mlflow) and that network policies let this machine through",
-                passing=True,
+                away=True,
             )
         return error(f"cannot be asked ({shown(failure)}): check tracking.uri")
     host = urlsplit(uri).netloc.rpartition("@")[2]
@@ -248,7 +254,7 @@ def _check_server(uri: str) -> Finding:
     if answer.status_code != 200:
         return error(
             f"answers {answer.status_code} to experiments/search: check tracking.uri, and the server's log",
-            passing=answer.status_code >= 500,
+            away=answer.status_code >= 500 or answer.status_code in (408, 429),
         )
     return Finding("mlflow", Level.OK, f"{shown(uri)} answers")
 
@@ -267,9 +273,8 @@ def _check_sqlite(uri: str) -> Finding:
         finally:
             database.close()
     except sqlite3.OperationalError as error:  # locked, not writable, no such folder
-        return Finding(
-            "mlflow", Level.ERROR, f"{uri}: {error}: check tracking.uri and the file's rights", passing=True
-        )
+        message = f"{uri}: {error}: check tracking.uri and the file's rights"
+        return Finding("mlflow", Level.ERROR, message, passing=True, away="locked" in str(error))
     except sqlite3.DatabaseError as error:
         return Finding(
             "mlflow", Level.ERROR, f"{uri}: {error}: move the file away, or set tracking.uri to another"

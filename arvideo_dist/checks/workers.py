@@ -25,6 +25,7 @@ from arvideo_dist.checks import collective, network
 from arvideo_dist.checks.finding import Finding, Level, errors, of_os_error
 from arvideo_dist.checks.machine import check_machine, check_versions, device_kind, versions
 from arvideo_dist.checks.needs import Needs, needs_of
+from arvideo_dist.checks.plan import check_pace
 from arvideo_dist.checks.stores import (
     check_data,
     check_mlflow,
@@ -191,7 +192,9 @@ def check_workers(
         if silent:
             return findings + silent
         team = Team(actors, [described[i] for i in range(number)])
-        needs = needs_of(config, derived.at_world_size(number), cuda=use_gpu)
+        here = derived.at_world_size(number)
+        needs = needs_of(config, here, cuda=use_gpu)
+        findings += check_pace(config, here, cuda=use_gpu)
         findings += _alone(team, config, needs, tracking_uri)
         findings += _together(team)
         return findings

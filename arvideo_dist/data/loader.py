@@ -85,6 +85,7 @@ class BadRecord:
     shard: str
     key: str
     reason: str
+    split: str = ""  # checkpoints of older releases do not say
 
 
 @dataclass
@@ -216,7 +217,10 @@ class ClipSamples:
                 weights[[clip.slot for clip in visit.clips]] = 1
             except BadSample as error:
                 shard = self._shard_name(visit.located, visit.row)
-                bad += [BadRecord(clip.place, shard, visit.row.key, str(error)) for clip in visit.clips]
+                split = self.sources[visit.located.source].split
+                bad += [
+                    BadRecord(clip.place, shard, visit.row.key, str(error), split) for clip in visit.clips
+                ]
         if planes is None:
             for slot in (weights == 0).nonzero().flatten().tolist():  # a mask would go through all clips
                 clips[slot] = 0

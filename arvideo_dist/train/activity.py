@@ -37,6 +37,8 @@ class Activity:
 
     def __init__(self) -> None:
         self.step = 0  # optimiser steps done
+        self.total_steps: int | None = None  # of the run, once it is known
+        self.spoke_at = time.monotonic()
         self._ticked = 0.0
         self._phase = _Phase("starts", False, 0, time.monotonic(), None)
 
@@ -51,6 +53,10 @@ class Activity:
     def tick(self) -> None:
         """The work in hand, or one in the background that the phase waits for, has advanced."""
         self._ticked = time.monotonic()
+
+    def spoke(self) -> None:
+        """The run has told a person something (`pulse.py`)."""
+        self.spoke_at = time.monotonic()
 
     def reading(self) -> Reading:
         phase, ticked = self._phase, self._ticked

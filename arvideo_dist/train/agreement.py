@@ -46,7 +46,7 @@ def agree_on_data(digests: Sequence[str], precision: str, control: dist.ProcessG
 class StepFacts:
     """The same on every rank."""
 
-    total_weight: float  # of the global batch, at least 1
+    total_weight: float  # of the global batch
     bad_samples: int  # in the global batch
     save_due: bool  # some rank asked for a checkpoint after this step
     look: bool  # some rank asked that all ask whether the run shall be interrupted (`Watch`)
@@ -59,5 +59,4 @@ def agree(batches: Sequence[Batch], control: dist.ProcessGroup, *, save_due: boo
     sums = torch.tensor([weight, bad, save_due, look], dtype=torch.float64)
     dist.all_reduce(sums, group=control)
     total_weight, total_bad, saves, looks = sums.tolist()
-    # A global batch without a usable sample gives zero gradients, not a division by zero.
-    return StepFacts(max(total_weight, 1.0), int(total_bad), saves > 0, looks > 0)
+    return StepFacts(total_weight, int(total_bad), saves > 0, looks > 0)

@@ -3,7 +3,8 @@
     <run>/bad_samples.parquet      a row for each sample, with the number of places that it took (_Sample)
 
 Places are counted at every step. Samples are listed at logged points and before checkpoints, so that a step costs
-no write and no further meeting of the ranks.
+no write and no further meeting of the ranks. Those of a validation are listed at its end, apart from the training's
+(column `split`): they take places of the held-out split's own sequence, which begins anew with each validation.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ _SCHEMA = pa.schema(
         ("places", pa.int64()),
         ("first_place", pa.int64()),
         ("last_place", pa.int64()),
+        ("split", pa.string()),
     ]
 )
 
@@ -46,6 +48,10 @@ class _Sample:
     places: int  # of the sequence that it took
     first_place: int
     last_place: int
+    split: str = ""  # where an older checkpoint does not say
+
+
+_Listed = dict[tuple[str, str], _Sample]  # by shard and key
 
 
 class BadSamples:
@@ -62,22 +68,29 @@ class BadSamples:
         """`tracker`: on rank 0, else None."""
         self._run, self._max_fraction, self._num_samples = run, max_fraction, num_samples
         self._control, self._tracker = control, tracker
-        self._samples: dict[tuple[str, str], _Sample] = {}
+        self._samples: _Listed = {}
+        self._of_validation: _Listed = {}
         self._unlisted: list[BadRecord] = []  # of this rank
         self.places = 0  # of all ranks, listed or not: what max_fraction bounds
 
-    def restore(self, listed: list[dict[str, Any]]) -> None:
+    def restore(self, listed: list[dict[str, Any]], of_validation: list[dict[str, Any]]) -> None:
         """Begin from what a checkpoint lists; the first ones listed places (BadRecord), not samples."""
         for entry in listed:
             if "place" in entry:
-                self._list(BadRecord(**entry))
+                _list(self._samples, BadRecord(**entry))
             else:
-                self._samples[entry["shard"], entry["key"]] = _Sample(**entry)
+                _restore(self._samples, entry)
+        for entry in of_validation:
+            _restore(self._of_validation, entry)
         self.places = self._places_listed()
 
     def listed(self) -> list[dict[str, Any]]:
-        """JSON form, for the checkpoint; call `collect` before."""
+        """JSON form of the training's, for the checkpoint; call `collect` before."""
         return [asdict(sample) for sample in self._samples.values()]
+
+    def listed_of_validation(self) -> list[dict[str, Any]]:
+        """JSON form of the validations', for the checkpoint."""
+        return [asdict(sample) for sample in self._of_validation.values()]
 
     def account(self, batches: Sequence[Batch], total: int, position: int) -> None:
         """Count the bad samples of a step: `total` of them in the ranks' `batches`.
@@ -102,36 +115,65 @@ class BadSamples:
         """Collective where a place was counted since the last time: list its sample; rank 0 writes the list."""
         if self.places == self._places_listed():
             return
-        gathered: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(gathered, self._unlisted, group=self._control)
-        self._unlisted = []
-        leads = dist.get_rank() == 0
-        for record in sorted((r for records in gathered for r in records), key=lambda record: record.place):
-            if self._list(record) and leads:
-                print(f"bad sample: {record.shard} {record.key}: {record.reason}", flush=True)
+        unlisted, self._unlisted = self._unlisted, []
+        self._list_all(self._samples, unlisted, "bad sample")
         assert self.places == self._places_listed()
-        if leads:
+
+    def validated(self, records: list[BadRecord], read: int) -> None:
+        """Collective. List the bad samples of a validation, `records` on this rank, of `read` clips on all ranks.
+
+        Raises RunStoppedError, on every rank, where their share is past the same limit as training's.
+        """
+        total = self._list_all(self._of_validation, records, "bad validation sample")
+        limit = self._max_fraction * read
+        if total > limit:
+            last = list(self._of_validation.values())[-1]
+            raise RunStoppedError(
+                f"{total} bad samples of {read} in the validation are more than data.max_bad_fraction "
+                f"{self._max_fraction} allows ({limit:.0f}); one of them: {last.shard} {last.key} of split "
+                f"{last.split}: {last.reason}. All are listed in {self._run.uri}/{ARTIFACT}. Prepare the split "
+                "again, raise data.max_bad_fraction, or set data.val_split to null"
+            )
+
+    def _list_all(self, listed: _Listed, mine: list[BadRecord], what: str) -> int:
+        """Collective. List every rank's records and let rank 0 write the list; how many they were."""
+        gathered: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(gathered, mine, group=self._control)
+        records = sorted((r for each in gathered for r in each), key=lambda record: record.place)
+        leads = dist.get_rank() == 0
+        for record in records:
+            if _list(listed, record) and leads:
+                print(f"{what}: {record.shard} {record.key}: {record.reason}", flush=True)
+        if records and leads:
             content = self.parquet()
             self._run.put(ARTIFACT, content)
             if self._tracker is not None:
                 self._tracker.log_bytes(ARTIFACT, content)
+        return len(records)
 
     def parquet(self) -> bytes:
         """The list as a Parquet file."""
         sink = pa.BufferOutputStream()
-        pq.write_table(pa.Table.from_pylist(self.listed(), schema=_SCHEMA), sink)
+        rows = [*self.listed(), *self.listed_of_validation()]
+        pq.write_table(pa.Table.from_pylist(rows, schema=_SCHEMA), sink)
         return sink.getvalue().to_pybytes()
-
-    def _list(self, record: BadRecord) -> bool:
-        """Whether the sample is new to the list."""
-        name = record.shard, record.key
-        new = name not in self._samples
-        if new:
-            self._samples[name] = _Sample(*name, record.reason, 0, record.place, record.place)
-        sample = self._samples[name]
-        sample.reason, sample.last_place = record.reason, record.place
-        sample.places += 1
-        return new
 
     def _places_listed(self) -> int:
         return sum(sample.places for sample in self._samples.values())
+
+
+def _list(listed: _Listed, record: BadRecord) -> bool:
+    """Whether the sample is new to the list."""
+    name = record.shard, record.key
+    new = name not in listed
+    if new:
+        listed[name] = _Sample(*name, record.reason, 0, record.place, record.place)
+    sample = listed[name]
+    sample.reason, sample.last_place, sample.split = record.reason, record.place, record.split
+    sample.places += 1
+    return new
+
+
+def _restore(listed: _Listed, entry: dict[str, Any]) -> None:
+    sample = _Sample(**entry)
+    listed[sample.shard, sample.key] = sample

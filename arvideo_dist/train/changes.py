@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from arvideo_dist.config import DataConfig, RunConfig
+from arvideo_dist.config import DataConfig, DecoderConfig, ModelConfig, RunConfig
 from arvideo_dist.data.index import load_manifest
+from arvideo_dist.flops import parameter_shapes
 from arvideo_dist.storage import without_credentials
 from arvideo_dist.train.data import training_sources
 
@@ -32,6 +33,14 @@ ALTERING = frozenset(
         *("optim.base_lr", "optim.base_min_lr", "optim.warmup_epochs", "optim.betas", "optim.weight_decay"),
         *("optim.eps", "optim.clip_grad_norm"),
         *("train.epochs", "train.steps", "train.global_batch", "train.precision"),
+    }
+)
+# Of these, the ones that give the parameters other shapes: a checkpoint's weights do not fit such a model, so no
+# leave helps.
+RESHAPING = frozenset(
+    {
+        *("model.kind", "model.encoder", "model.tubelet"),
+        *("decoder.width", "decoder.depth", "decoder.self_attention"),
     }
 )
 # These say where, how fast, how often and with what care; up to rounding the result is the same.
@@ -75,26 +84,47 @@ def refuse_changes(
     """Compare `config` with the `state` of a checkpoint.
 
     `digests`: `data_digests` now. `precision`: the resolved one, None where it is not known yet. Returns one line
-    for each difference that `run.allow_change` names; ValueError lists all others with old and new value.
+    for each difference that `run.allow_change` names; ValueError lists all others with old and new value, and those
+    that cannot be allowed even if they are named.
     """
     before = _altering(without_credentials(state["config"]), state["data_digests"], state["precision"])
     now = without_credentials(config.model_dump(mode="json"))
     after = _altering(now, digests, precision or state["precision"])
-    allowed: list[str] = []
-    refused: list[str] = []
+    lines: dict[str, str] = {}
     for name in sorted(ALTERING):
         old = before.get(name, _default(name))  # a field that is younger than the checkpoint
         if old != after[name]:
-            line = f"{name}: {old!r} in the checkpoint, {after[name]!r} now"
-            (allowed if name in config.run.allow_change else refused).append(line)
+            lines[name] = f"{name}: {old!r} in the checkpoint, {after[name]!r} now"
+    misfits = [name for name in lines if name in RESHAPING]
+    if misfits and _shapes(state["config"]) == _shapes(now):
+        misfits = []
+    refused = [name for name in lines if name in misfits or name not in config.run.allow_change]
     if refused:
-        names = ",".join(line.split(":")[0] for line in refused)
-        lines = "\n  ".join(refused)
+        listed = "\n  ".join(lines[name] for name in refused)
         raise ValueError(
-            f"the configuration differs from that of {checkpoint} in what alters the result:\n  {lines}\n"
-            f"Set these back, choose another run.name, or go on with --run.allow_change {names}"
+            f"the configuration differs from that of {checkpoint} in what alters the result:\n  {listed}\n"
+            + _remedy(refused, misfits)
         )
-    return allowed
+    return list(lines.values())
+
+
+def _remedy(refused: list[str], misfits: list[str]) -> str:
+    others = ",".join(name for name in refused if name not in misfits)
+    if not misfits:
+        return f"Set these back, choose another run.name, or go on with --run.allow_change {others}"
+    leave = f"; then go on with --run.allow_change {others}, or set these back too" if others else ""
+    return (
+        f"The checkpoint's weights do not fit a model with another {', '.join(misfits)}, so run.allow_change "
+        f"cannot help: set {'it' if len(misfits) == 1 else 'them'} back{leave}. Or choose another run.name for a "
+        "new run; where the encoder is the same, it can start from this run's: python -m arvideo_dist.export RUN "
+        "--format safetensors, then --model.init_from FILE"
+    )
+
+
+def _shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    return parameter_shapes(
+        ModelConfig.model_validate(config["model"]), DecoderConfig.model_validate(config["decoder"])
+    )
 
 
 def _altering(config: dict[str, Any], digests: list[str], precision: str) -> dict[str, Any]:

@@ -44,10 +44,10 @@ _NAME = re.compile(r"step-\d{8}")
 class CheckpointError(RuntimeError):
     """A checkpoint could not be written, or what is there is damaged; the message says what and where."""
 
-    def __init__(self, message: str, *, passing: bool = False) -> None:
-        """`passing`: time alone may mend it, as where a store does not answer."""
+    def __init__(self, message: str, *, passing: bool = False, kind: str = "") -> None:
+        """`passing`: time alone may mend it, as where a store does not answer. `kind`: the same for like faults."""
         super().__init__(message)
-        self.passing = passing
+        self.passing, self.kind = passing, kind
 
 
 class FragmentEntry(BaseModel):

@@ -113,11 +113,13 @@ class Engine:
         that of the weighted mean loss at any world size. Returns the weighted sum of the local losses
         (float32 scalar on the device). A loss that is not finite makes all gradients NaN.
         """
+        # A global batch without a usable sample gives zero gradients, not a division by zero.
+        scale = self.world_size / max(total_weight, 1.0)
         loss_sum = torch.zeros((), device=self.device)
         self.sample_losses = []
         self.forward_time = ForwardTime(self.device)
         for index, host_batch in enumerate(batches):
-            activity.together(f"forward and backward of micro batch {index}")
+            activity.together(f"forward and backward of micro batch {index + 1} of {len(batches)}")
             batch = host_batch.to(self.device)
             with self.forward_time:
                 loss_b = self.forward(batch).loss_b
@@ -127,7 +129,7 @@ class Engine:
             # device, so that the check of the gradients, which asks it anyway, finds every loss that is not finite.
             gate = torch.where(weighted.detach().isfinite(), 1.0, torch.nan)
             # DeepSpeed averages over ranks; accumulation is already in total_weight.
-            self._deepspeed.backward(weighted * gate * (self.world_size / total_weight), scale_wrt_gas=False)
+            self._deepspeed.backward(weighted * gate * scale, scale_wrt_gas=False)
             if index < len(batches) - 1:
                 self._deepspeed.step()  # counts the micro batch; weights change in `apply` only
             loss_sum += weighted.detach()

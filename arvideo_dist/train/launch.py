@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import functools
 import json
 import math
 import os
@@ -88,8 +89,8 @@ def check_initial_weights(config: RunConfig) -> None:
         load_initial_encoder(Encoder(size, config.model.tubelet, tokens), config.model.init_from)
 
 
-def check_resume(config: RunConfig) -> None:
-    """Refuse what `run.resume` and `run.allow_change` refuse: ValueError."""
+def check_resume(config: RunConfig) -> Checkpoint | None:
+    """The checkpoint that the run goes on from; ValueError for what `run.resume` and `run.allow_change` refuse."""
     changes.check_allowed_names(config)
     run = run_folder(config)
     found = complete_checkpoints(run)
@@ -110,7 +111,8 @@ def check_resume(config: RunConfig) -> None:
         except (CheckpointError, ValidationError, FileNotFoundError):
             continue  # the workers name what is damaged and use the one before it, and so does this check
         changes.refuse_changes(checkpoint.state, config, digests, precision, str(checkpoint))
-        return
+        return checkpoint
+    return None
 
 
 def _precision_if_known(config: RunConfig) -> str | None:
@@ -383,6 +385,7 @@ def _train(config: RunConfig, payload: dict[str, Any]) -> Interruption | None:
     activity.alone("imports libraries")
     from arvideo_dist.checks.start import check_workers_start
     from arvideo_dist.train.loop import Task, train
+    from arvideo_dist.train.pulse import Pulse
     from arvideo_dist.train.watch import Watch, ray_notice
 
     warnings.filterwarnings(
@@ -403,13 +406,15 @@ def _train(config: RunConfig, payload: dict[str, Any]) -> Interruption | None:
     activity.together("checks its machine")
     check_workers_start(task.config, task.derived, task.lease, control)
     tracker: Any = contextlib.nullcontext()
+    pulse: Any = contextlib.nullcontext()
     if dist.get_rank() == 0:
+        pulse = Pulse(activity, functools.partial(print, flush=True))
         from arvideo_dist.tracking import Tracker  # imports MLflow, whose memory and time no other rank needs
         from arvideo_dist.train.outbox import QueuedTracker
 
         to_mlflow = Tracker(task.tracking_uri, task.mlflow_run_id, task.lease.check)
         tracker = QueuedTracker(to_mlflow, task.lease.storage())
-    with tracker as queue:
+    with pulse, tracker as queue:
         return train(task, device, control, watch, queue)
 
 

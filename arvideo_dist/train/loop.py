@@ -2,7 +2,8 @@
 
 The run's state is one number, the *position*: how many places of the sample sequence are consumed, that is applied
 to the weights, but for the steps that `bad_steps.py` lists. Step s consumes places [s G, (s + 1) G), G the global
-batch (unless `run.allow_change` let G change on the way); nothing else decides what comes next.
+batch, unless `run.allow_change` let G change on the way. Nothing else decides what comes next, what the learning
+rate is and where the run ends (`schedule.py`).
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import functools
 import json
 import math
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +27,7 @@ from arvideo_dist.derived import Derived
 from arvideo_dist.interchange import load_initial_encoder
 from arvideo_dist.model.kinds import build_model
 from arvideo_dist.picture import png
-from arvideo_dist.storage import patiently, without_credentials
+from arvideo_dist.storage import Storage, is_full, patiently, without_credentials
 from arvideo_dist.train import changes
 from arvideo_dist.train import checkpoint as checkpoints
 from arvideo_dist.train.activity import activity
@@ -40,10 +42,10 @@ from arvideo_dist.train.engine import Engine, resolve_precision
 from arvideo_dist.train.lease import Guard
 from arvideo_dist.train.progress import Meter, Stragglers, progress_line
 from arvideo_dist.train.saver import FAILED_TAG, Saver
-from arvideo_dist.train.schedule import learning_rate
+from arvideo_dist.train.schedule import plan_of
 from arvideo_dist.train.spikes import Spikes, spike_line
 from arvideo_dist.train.stop import RESULT, Interruption, RunStoppedError
-from arvideo_dist.train.validate import validate
+from arvideo_dist.train.validate import validate, validation_line
 from arvideo_dist.train.watch import Watch
 
 if TYPE_CHECKING:
@@ -74,9 +76,7 @@ def train(
     rank 0's. Where `watch` says so, the run saves and leaves at a step boundary; the interruption is returned.
     """
     config, derived = task.config, task.derived.at_world_size(dist.get_world_size())
-    rank, global_batch, total_steps = dist.get_rank(), derived.global_batch, derived.total_steps
-    assert total_steps is not None
-    assert derived.warmup_steps is not None
+    rank = dist.get_rank()
     run = task.lease.storage()
     notes = DeferredWrites(run)
 
@@ -106,6 +106,8 @@ def train(
         start.load_optimizer(engine)
     position = start.state["position"] if start is not None else 0
     step = activity.step = start.state["step"] if start is not None else 0
+    plan = plan_of(config, derived, start.state if start is not None else None)
+    total_steps = activity.total_steps = step + plan.steps_left(position)
     _say(rank, f"continues from {start}, step {step}" if start else f"starts from {origin}")
     if derived.world_size != task.derived.world_size:
         _say(rank, derived.batch_line())
@@ -125,13 +127,14 @@ def train(
     train_loader = make_loader(
         training_sources(config.data),
         position=position,
-        global_batch=global_batch,
+        global_batch=plan.global_batch,
         workers=config.data.workers,
-        stop_position=position + (total_steps - step) * global_batch,
+        stop_position=plan.total_places,
         options=loader_options(config.data, pin_memory=pin_memory),
     )
     bad = BadSamples(notes, config.data.max_bad_fraction, train_loader.places_per_epoch, control, tracker)
-    bad.restore(start.state["bad_samples"] if start is not None else [])
+    if start is not None:
+        bad.restore(start.state["bad_samples"], start.state.get("bad_validation_samples", []))
     bad_steps = BadSteps(run, notes, config.train, train_loader.samples.names, control, tracker)
     spikes = Spikes()
     if start is not None:
@@ -163,24 +166,27 @@ def train(
         if config.data.val_split is None:
             return {}
         source = validation_source(config.data)
-        samples = load_manifest(source.storage, source.split).samples
+        clips = min(load_manifest(source.storage, source.split).samples, config.validation.max_clips)
         loader = make_loader(
             [source],
             position=0,
             global_batch=config.train.micro_batch * dist.get_world_size(),
             workers=min(config.data.workers, 2),
-            stop_position=min(samples, config.validation.max_clips),
+            stop_position=clips,
             shuffle=False,
             options=validation_options(config.data, pin_memory=pin_memory),
         )
         result = validate(engine, loader, config.model, control)
         activity.alone("writes the validation")
-        if tracker is not None and result.picture is not None:
-            name, picture = f"pictures/step-{step:08d}.png", png(result.picture)
+        if tracker is not None:
             tracker.log(step, result.metrics)
-            tracker.log_bytes(name, picture)
-            notes.put(name, picture)
-            _say(rank, f"step {step}  " + "  ".join(f"{k} {v:.4f}" for k, v in result.metrics.items()))
+            if result.picture is not None:
+                name, picture = f"pictures/step-{step:08d}.png", png(result.picture)
+                tracker.log_bytes(name, picture)
+                notes.put(name, picture)
+        _say(rank, f"step {step}  {validation_line(result.metrics)}")
+        activity.together("joins the bad samples of the validation")
+        bad.validated(result.bad, clips)
         return result.metrics
 
     def save() -> None:
@@ -191,7 +197,9 @@ def train(
         state: dict[str, Any] = {
             "position": position,
             "step": step,
+            "total_places": plan.total_places,
             "bad_samples": bad.listed(),
+            "bad_validation_samples": bad.listed_of_validation(),
             "bad_steps": bad_steps.listed(),
             "spikes": spikes.listed(),
             "failed_saves": saver.failures_in_all,
@@ -209,7 +217,7 @@ def train(
     meter = Meter(device, control)
     stragglers = Stragglers()
     metrics: dict[str, float] = start.state.get("metrics", {}) if start is not None else {}
-    saved_at = step
+    began_at = saved_at = step
     save_owed = False
     interruption: Interruption | None = None
     while step < total_steps and interruption is None:
@@ -228,18 +236,13 @@ def train(
                 saver.finish()
             raise
 
-        rate = learning_rate(
-            step,
-            total_steps=total_steps,
-            warmup_steps=derived.warmup_steps,
-            peak=derived.peak_lr,
-            final=derived.min_lr,
-        )
+        rate, places = plan.rate(position), plan.next_position(position) - position
+        meter.consumed(places)
         loss_sum = engine.accumulate(micro_batches, facts.total_weight)
         meter.forward(engine.forward_time)
         saver.before_update()
         update = engine.apply(rate)
-        position += global_batch
+        position += places
         step += 1
         activity.step = step
         if update.applied:
@@ -259,12 +262,12 @@ def train(
 
         if step % config.train.log_every_steps == 0 or step == total_steps:
             activity.together("joins the metrics of all ranks")
-            point = meter.point(loss_sum, facts.total_weight, global_batch)
+            point = meter.point(loss_sum, facts.total_weight)
             bad.collect()
             metrics = {
                 "loss/train": point.loss,
                 "learning_rate": rate,
-                "gradient_norm": float(update.gradient_norm),
+                "gradient_norm": float(update.gradient_norm) if facts.total_weight else math.nan,
                 "epoch": position / train_loader.places_per_epoch,
                 "clips_per_second": point.clips_per_second,
                 "clips_per_second_per_worker": point.clips_per_second / derived.world_size,
@@ -277,20 +280,27 @@ def train(
                 "step_time/median": point.median_s,
                 "slowest_rank": point.slowest_rank,
             }
-            # Of a bad step there is a gap: MLflow would make 1.8e308 of Inf, and the curve a line.
+            # Of a bad step, and of one without a usable sample, there is a gap: MLflow would make 1.8e308 of Inf,
+            # and the curve a line.
             metrics = {name: value for name, value in metrics.items() if math.isfinite(value)}
             found = spikes.look(metrics)
             metrics |= found
             activity.alone("writes metrics")
             if tracker is not None:
                 tracker.log(step, metrics)
-            _say(rank, progress_line(step, total_steps, rate, point, global_batch))
+            _say(rank, progress_line(step, total_steps, rate, point, plan.total_places - position))
             if found:
                 _say(rank, spike_line(step, found))
             if (straggler := stragglers.line(point)) is not None:
                 _say(rank, f"step {step}  {straggler}")
         if step % config.validation.every_steps == 0 or step == total_steps:
-            metrics |= validation()
+            try:
+                metrics |= validation()
+            except RunStoppedError:  # on all ranks; what was learned is none of its fault
+                save()
+                with contextlib.suppress(CheckpointError):
+                    saver.finish()
+                raise
             meter.reset()
         save_owed |= facts.save_due or saver.due_by_step(step)
         if (save_owed and not bad_steps.in_stretch) or step == total_steps:
@@ -304,15 +314,27 @@ def train(
         if tracker is not None:
             tracker.leave()
         return interruption
-    if "loss/val" not in metrics:  # no step was left, and the checkpoint was not the end of a run then
+    if step == began_at and "loss/val" not in metrics:  # the checkpoint was not the end of a run then
         metrics |= validation()
     if rank == 0:
-        patiently(notes.flush)
-        result = json.dumps(metrics, indent=1).encode()
-        patiently(lambda: run.write_bytes(RESULT, result))
+        _leave_result(run, notes, {"step": step, **metrics})
     return None
+
+
+def _leave_result(run: Storage, notes: DeferredWrites, result: Mapping[str, float]) -> None:
+    try:
+        patiently(notes.flush)
+        patiently(lambda: run.write_bytes(RESULT, json.dumps(result, indent=1).encode()))
+    except OSError as error:
+        if not is_full(error):
+            raise
+        raise RunStoppedError(
+            f"the run is trained and saved, but {run.uri} takes no result: {error}. Make room there; the same "
+            "command ends the run"
+        ) from error
 
 
 def _say(rank: int, line: str) -> None:
     if rank == 0:
         print(line, flush=True)
+        activity.spoke()

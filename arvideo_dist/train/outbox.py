@@ -350,6 +350,11 @@ class QueuedTracker:
         print(line, flush=True)
 
 
+def holds_entries(run: Storage) -> bool:
+    """Whether something in a run's folder waits for MLflow."""
+    return bool(_members(run))
+
+
 def say_unsent(run: Storage) -> None:
     """Tell how many entries wait in a run's folder for MLflow, where there are some."""
     try:

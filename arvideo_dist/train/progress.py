@@ -9,6 +9,7 @@ weights, so there only the waiting for batches tells.)
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -30,7 +31,7 @@ _STRAGGLER_POINTS = 5  # in a row: one slow read or a busy neighbour passes
 class Point:
     """One logged point, over all ranks."""
 
-    loss: float
+    loss: float  # NaN where no sample of the step could be used
     clips_per_second: float
     data_wait_share: float  # mean over ranks of the share of time spent waiting for batches
     slowest_rank: int  # by own time
@@ -53,12 +54,17 @@ class Meter:
         self._waited += seconds
         self._steps += 1
 
+    def consumed(self, places: int) -> None:
+        """One step took so many places of the sequence, over all ranks."""
+        self._places += places
+
     def forward(self, seconds: ForwardTime) -> None:
         """One step's forward passes."""
         self._forwards.append(seconds)
 
-    def point(self, loss_sum: torch.Tensor, total_weight: float, global_batch: int) -> Point:
-        """Collective. `loss_sum`: this rank's weighted loss sum of the current step (synchronises)."""
+    def point(self, loss_sum: torch.Tensor, total_weight: float) -> Point:
+        """Collective. `loss_sum`: this rank's weighted loss sum of the current step (synchronises);
+        `total_weight`: of the step's samples on all ranks."""
         local_loss = float(loss_sum)
         elapsed = time.perf_counter() - self._begun
         local = torch.tensor(
@@ -70,8 +76,8 @@ class Meter:
         own = (wait + forward) / self._steps
         slowest = int(own.argmax())
         point = Point(
-            loss=float(loss.sum()) / total_weight,
-            clips_per_second=self._steps * global_batch / float(seconds.max()),
+            loss=float(loss.sum()) / total_weight if total_weight else math.nan,
+            clips_per_second=self._places / float(seconds.max()),
             data_wait_share=float((wait / seconds).mean()),
             slowest_rank=slowest,
             slowest_s=float(own[slowest]),
@@ -84,7 +90,7 @@ class Meter:
 
     def reset(self) -> None:
         """Begin a new interval; time spent validating is not training speed, time that a save takes is."""
-        self._begun, self._waited, self._steps = time.perf_counter(), 0.0, 0
+        self._begun, self._waited, self._steps, self._places = time.perf_counter(), 0.0, 0, 0
         self._forwards.clear()
 
     def _forward_s(self) -> float:
@@ -121,9 +127,9 @@ class Stragglers:
         )
 
 
-def progress_line(step: int, total_steps: int, learning_rate: float, point: Point, global_batch: int) -> str:
+def progress_line(step: int, total_steps: int, learning_rate: float, point: Point, places_left: int) -> str:
     """Loss, speed and time left, for the terminal."""
-    left = (total_steps - step) * global_batch / point.clips_per_second
+    left = places_left / point.clips_per_second
     hours, minutes, seconds = int(left // 3600), int(left % 3600 // 60), int(left % 60)
     return (
         f"step {step}/{total_steps}  loss {point.loss:.4f}  lr {learning_rate:.2e}  "

@@ -70,7 +70,7 @@ _NICER = 4
 _SLICE_S = 1.0  # of waiting for a save; well below the shortest run.hung_s
 # How much later than the fastest rank the slowest may have uploaded its part.
 _TIMEOUT = timedelta(hours=2)
-_TOLD = 3  # ranks whose failure a message tells; a full disk is the same on all
+_TOLD = 3  # kinds of failure that a message tells
 # From a failed save to the next try; doubles with each failure in a row. With three tries a store may be away for a
 # minute and a half, and all fit into the two minutes that workers have to leave (run.preemption_grace_s).
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 30.0, 600.0
@@ -295,7 +295,8 @@ class Saver:
         except Exception as error:
             passing = isinstance(error, OSError) and not lasts(error)
             told = f"rank {self._rank}: {type(error).__name__}: {error}"
-            outcome = None, CheckpointError(told, passing=passing)
+            kind = f"{type(error).__name__} {getattr(error, 'errno', None) or error}"
+            outcome = None, CheckpointError(told, passing=passing, kind=kind)
         outcomes: list[Any] = [None] * self._world_size
         dist.all_gather_object(outcomes, outcome, group=self._group)
         failures = [failure for _, failure in outcomes if failure is not None]
@@ -303,9 +304,7 @@ class Saver:
             if isinstance(failure, RunStoppedError):
                 raise failure
         if failures:
-            told = "; ".join(str(failure) for failure in failures[:_TOLD])
-            if failures[_TOLD:]:
-                told += f"; {len(failures)} ranks in all"
+            told = _told(failures)
             raise CheckpointError(
                 f"save of {self._run.uri}/{folder} failed: {told}",
                 passing=all(failure.passing for failure in failures),
@@ -402,6 +401,19 @@ class _Snapshot:
         for begin in range(0, len(content), _CHUNK_BYTES):
             activity.tick()  # a slow disk is no hang while it takes pieces
             yield content[begin : begin + _CHUNK_BYTES].data
+
+
+def _told(failures: list[CheckpointError]) -> str:
+    """What the ranks met; one speaks for all that met the same, such as a full disk."""
+    alike: dict[str, list[CheckpointError]] = {}
+    for failure in failures:
+        alike.setdefault(failure.kind, []).append(failure)
+    lines = []
+    for first, *others in list(alike.values())[:_TOLD]:
+        lines.append(f"{first}, and {len(others)} more ranks alike" if others else str(first))
+    if len(alike) > _TOLD:
+        lines.append(f"{len(failures)} ranks in all")
+    return "; ".join(lines)
 
 
 def _lower_priority() -> None:

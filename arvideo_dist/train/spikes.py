@@ -40,8 +40,9 @@ class Spikes:
             value = metrics.get(name, math.nan)
             if not math.isfinite(value):  # of a step that was not applied
                 continue
-            if len(values) >= _LEAST and value > FACTORS[name] * (median := statistics.median(values)):
-                found[f"spikes/{name.partition('/')[0]}"] = value / median if median else math.inf
+            median = statistics.median(values) if len(values) >= _LEAST else 0.0
+            if median > 0 and value > FACTORS[name] * median:
+                found[f"spikes/{name.partition('/')[0]}"] = value / median
             values.append(value)
         return found
 

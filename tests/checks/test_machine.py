@@ -14,11 +14,12 @@ from arvideo_dist.checks.finding import Level
 from arvideo_dist.checks.machine import (
     check_device,
     check_disk,
-    check_memory,
+    check_room,
     check_shared_memory,
     check_versions,
     versions,
 )
+from arvideo_dist.checks.memory import NOTHING
 from arvideo_dist.checks.needs import Needs, needs_of
 from arvideo_dist.config import RunConfig
 from arvideo_dist.data.shared import SLOTS
@@ -26,7 +27,7 @@ from arvideo_dist.derived import derive
 from arvideo_dist.train.checkpoint import FOLDER
 
 MIB = 2**20
-NONE = Needs(shm=0, shm_for_large_batches=0, memory=0, index=0, shard_cache=0, checkpoint=0)
+NONE = Needs(shm=0, shm_for_large_batches=0, memory=NOTHING, device_memory=NOTHING, index=0, shard_cache=0)
 
 
 def _needs(*, cuda: bool = False, **sections: dict[str, object]) -> Needs:
@@ -71,7 +72,7 @@ def test_only_what_finds_no_slot_needs_shared_memory() -> None:
     train = {"global_batch": 2048, "micro_batch": 8}
     few = _needs(train=train, data={"workers": 8}, cluster={"workers": 8})  # 32 of a step, 16 prefetched
     clip = 16 * 3 * 224 * 224
-    assert few.memory == (32 + 16) * 8 * clip
+    assert dict(few.memory.parts)["batches"] == (32 + 16) * 8 * clip
     assert few.shm == MIB
     many = _needs(train=train, data={"workers": 8}, cluster={"workers": 1})  # 256 of a step, 16 prefetched
     assert many.shm == MIB + (256 + 16 - SLOTS) * 8 * clip
@@ -94,13 +95,6 @@ def test_index_tensors_too_large_for_the_pipe_need_shared_memory() -> None:
     assert found.shm > MIB
 
 
-def test_memory_for_batches_is_compared_with_what_is_free() -> None:
-    assert check_memory(replace(NONE, memory=MIB), 2).level is Level.OK
-    found = check_memory(replace(NONE, memory=2**50), 2)
-    assert found.level is Level.ERROR
-    assert "raise the container's memory limit, or lower data.workers" in found.message
-
-
 def _run_on(folder: Path) -> RunConfig:
     run = {"name": "run", "storage_path": str(folder), "keep_last": 2}
     return RunConfig.model_validate({"run": run})
@@ -108,7 +102,7 @@ def _run_on(folder: Path) -> RunConfig:
 
 def test_storage_must_hold_one_checkpoint_more_than_are_kept(small_shm: Path) -> None:
     def found(checkpoint: int) -> Level:
-        *_, storage = check_disk(_run_on(small_shm), replace(NONE, checkpoint=checkpoint))
+        (storage,) = check_room(_run_on(small_shm), checkpoint)
         assert "the run's checkpoints" in storage.message
         return storage.level
 

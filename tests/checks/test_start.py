@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
 from pathlib import Path
 from typing import Any
@@ -9,8 +10,9 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
-from arvideo_dist.checks import finding, start
-from arvideo_dist.checks.start import check_driver, check_workers_start
+from arvideo_dist.checks import finding, machine, start
+from arvideo_dist.checks.finding import Finding, Level
+from arvideo_dist.checks.start import check_driver, check_run, check_workers_start
 from arvideo_dist.config import RunConfig
 from arvideo_dist.derived import derive
 from arvideo_dist.storage import Storage
@@ -19,6 +21,7 @@ from arvideo_dist.train.checkpoint import FOLDER, MANIFEST
 from arvideo_dist.train.lease import Guard, acquire
 from arvideo_dist.train.stop import RunStoppedError
 from tests.data.conftest import FRAMES, write_dataset
+from tests.services.disk import small_disk
 from tests.train.distributed import run_ranks
 from tests.train.runs import TINY
 
@@ -70,7 +73,7 @@ def test_new_run_wants_its_tracking_server_and_one_that_goes_on_does_not(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = _config(folder, tracking={"uri": _nowhere()})
-    with pytest.raises(ValueError, match=r"mlflow: http://127.0.0.1:\d+ cannot be reached"):
+    with pytest.raises(OSError, match=r"mlflow: http://127.0.0.1:\d+ cannot be reached"):
         check_driver(config)
     assert "tried again in" in capsys.readouterr().out
     Storage(config.run.storage_path).child("run").write_bytes(RUN_FILE, b"{}")
@@ -110,6 +113,48 @@ def test_fault_of_one_machine_stops_all_ranks_with_its_name(folder: Path, with_c
     assert first == second, "all ranks stop, with the same words"
     assert f"/dev/shm (rank 1 on {socket.gethostname()}): 0 MiB" in first
     assert "rank 0" not in first
+
+
+def test_a_disk_without_room_is_said_before_ray_starts_and_stops_a_new_run_only(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with contextlib.ExitStack() as mounted:
+        try:
+            mounted.enter_context(small_disk(folder / "runs", 4))
+        except OSError as error:
+            pytest.skip(f"needs the right to mount: {error}")
+        config = _config(folder, optim={"warmup_epochs": 0}, train={**TINY["train"], "global_batch": 4})
+        derived = derive(config, 4)
+        with pytest.raises(ValueError, match=r"(?s)mend:\n  disk: .*: 4 MiB free, .* checkpoints: delete"):
+            check_run(config, derived)
+        Storage(config.run.storage_path).child("run").write_bytes(f"{FOLDER}/step-00000001/{MANIFEST}", b"{}")
+        check_run(config, derived)
+    said = capsys.readouterr().out
+    assert said.count("wanted for the run's checkpoints: delete old runs, lower run.keep_last") == 1
+    assert said.startswith("warning: disk: ")
+
+
+def test_a_machine_too_small_for_all_workers_is_said_before_ray_starts_on_it(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(machine, "_free_memory", lambda: 2**20)
+    config = _config(folder, optim={"warmup_epochs": 0}, train={**TINY["train"], "global_batch": 4})
+    with pytest.raises(
+        ValueError, match=r"(?s)cannot start; mend:\n  memory: 1 MiB free, 2 workers take up to"
+    ):
+        check_run(config, derive(config, 4))
+    monkeypatch.setenv("RAY_ADDRESS", "elsewhere:6379")
+    check_run(config, derive(config, 4))  # its workers look at their machines
+
+
+def test_what_all_ranks_have_found_is_one_line() -> None:
+    full = [Finding("storage", Level.ERROR, "full").at(f"rank {rank} on host") for rank in range(8)]
+    other = Finding("device", Level.ERROR, "no GPU").at("rank 3 on host")
+    assert start._listed("not ready", [*full, other]).splitlines() == [
+        "not ready; mend:",
+        "  storage (rank 0 on host and 7 more): full",
+        "  device (rank 3 on host): no GPU",
+    ]
 
 
 @pytest.mark.parametrize("with_checkpoint", [False, True])

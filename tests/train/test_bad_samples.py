@@ -45,7 +45,7 @@ def _meet(bad: BadSamples, place: int, sample: int) -> None:
     """One step: rank 1 has a bad sample at `place`."""
     batch = micro_batch([place])
     if dist.get_rank():
-        batch.bad = [BadRecord(place, "train-0.tar", str(sample), f"bad at {place}")]
+        batch.bad = [BadRecord(place, "train-0.tar", str(sample), f"bad at {place}", "train")]
     bad.account([batch], 1, place)
 
 
@@ -74,7 +74,7 @@ def _train_for_epochs(folder: str) -> dict[str, Any]:
                 bad.collect()
         sizes.append(len(json.dumps(bad.listed())))
     resumed = _bad_samples(run)
-    resumed.restore(json.loads(json.dumps(bad.listed())))
+    resumed.restore(json.loads(json.dumps(bad.listed())), [])
     return {
         "places": [bad.places, resumed.places],
         "listed": bad.listed(),
@@ -90,7 +90,7 @@ def test_a_sample_is_one_record_however_many_epochs_meet_it(found: list[dict[str
         assert rank["epochs"]["listed"] == [
             {
                 **{"shard": "train-0.tar", "key": str(sample), "reason": f"bad at {last + sample}"},
-                **{"places": EPOCHS, "first_place": sample, "last_place": last + sample},
+                **{"places": EPOCHS, "first_place": sample, "last_place": last + sample, "split": "train"},
             }
             for sample in BAD
         ]
@@ -130,7 +130,7 @@ def test_past_the_allowed_share_of_places_every_rank_stops_and_all_samples_are_l
 
 def _go_on_from_an_older_checkpoint(folder: str) -> list[dict[str, Any]]:
     bad = _bad_samples(Storage(folder))
-    bad.restore(OLD_FORMAT)
+    bad.restore(OLD_FORMAT, [])
     assert bad.places == 3
     _meet(bad, 140, 40)
     bad.collect()

@@ -11,8 +11,16 @@ import pytest
 
 from arvideo_dist.config import RunConfig
 from arvideo_dist.data.index import FileEntry
+from arvideo_dist.flops import parameter_shapes
 from arvideo_dist.storage import Storage
-from arvideo_dist.train.changes import ALTERING, FREE, check_allowed_names, data_digests, refuse_changes
+from arvideo_dist.train.changes import (
+    ALTERING,
+    FREE,
+    RESHAPING,
+    check_allowed_names,
+    data_digests,
+    refuse_changes,
+)
 from arvideo_dist.train.checkpoint import FOLDER, MANIFEST, STATE, CheckpointManifest, checkpoint_name
 from arvideo_dist.train.launch import check_resume
 from tests.data.conftest import FRAMES, write_dataset
@@ -104,6 +112,72 @@ def test_a_field_that_is_younger_than_the_checkpoint_had_its_default() -> None:
 def test_allow_change_accepts_only_fields_that_need_it(name: str, expected: str) -> None:
     with pytest.raises(ValueError, match=expected):
         check_allowed_names(_config(run={"allow_change": [name]}))
+
+
+# Another value of each field of model and decoder that may change alone.
+_OTHERS: dict[str, Any] = {
+    "model.encoder": "small",
+    "model.frames": 8,
+    "model.image_size": 112,
+    "model.tubelet": [4, 16, 16],
+    "model.cluster": [4, 7, 7],
+    "model.order": "spatial_first",
+    "model.mask_ratio": 0.5,
+    "model.min_context_clusters": 2,
+    "model.target_norm": "per_cube",
+    "model.init_from": "/weights.safetensors",
+    "model.kind": "videomae",
+    "decoder.width": 384,
+    "decoder.depth": 2,
+    "decoder.head_width": 32,
+    "decoder.self_attention": True,
+    "decoder.target_ratio": 0.5,
+}
+
+
+def _with(name: str, value: Any, **run: Any) -> RunConfig:
+    section, field = name.split(".")
+    return _config(**{section: {field: value}, "run": run})
+
+
+def test_the_fields_that_reshape_parameters_are_those_that_a_leave_cannot_help() -> None:
+    fields = {
+        f"{section}.{field}" for section in ("model", "decoder") for field in _config().model_dump()[section]
+    }
+    assert _OTHERS.keys() == fields, "give a new field another value here"
+    plain = parameter_shapes(_config().model, _config().decoder)
+    reshaping = {
+        name
+        for name, value in _OTHERS.items()
+        if parameter_shapes((other := _with(name, value)).model, other.decoder) != plain
+    }
+    assert reshaping == RESHAPING
+
+
+@pytest.mark.parametrize("name", sorted(RESHAPING))
+def test_another_model_is_refused_at_once_leave_or_not_and_never_advised(name: str) -> None:
+    for leave in ([], [name]):
+        changed = _with(name, _OTHERS[name], allow_change=leave)
+        with pytest.raises(ValueError, match=rf"{name}: .* in the checkpoint, .* now") as refused:
+            _refuse(_config(), changed)
+        assert f"do not fit a model with another {name}, so run.allow_change cannot help" in str(
+            refused.value
+        )
+        assert "choose another run.name" in str(refused.value)
+        assert "--model.init_from" in str(refused.value)
+        assert f"--run.allow_change {name}" not in str(refused.value)
+
+
+def test_what_a_leave_helps_with_is_advised_beside_what_it_does_not() -> None:
+    changed = _config(model={"encoder": "small"}, optim={"base_lr": 1.0}, train={"epochs": 1})
+    with pytest.raises(ValueError, match=r"set it back; then go on with --run\.allow_change") as refused:
+        _refuse(_config(), changed)
+    assert "--run.allow_change optim.base_lr,train.epochs, or" in str(refused.value)
+
+
+def test_fields_that_keep_the_shapes_go_on_with_leave() -> None:
+    for name in sorted(_OTHERS.keys() - RESHAPING):
+        assert len(_refuse(_config(), _with(name, _OTHERS[name], allow_change=[name]))) == 1, name
 
 
 def _write_checkpoint(run: Storage, step: int, config: RunConfig) -> None:

@@ -369,7 +369,7 @@ def test_a_run_that_goes_on_starts_and_ends_without_mlflow_and_a_new_one_does_no
     monkeypatch.setattr(tracking, "_CLOSING_S", 0.0)
     away = _config(f"http://127.0.0.1:{free_port()}", tmp_path)
     run = Storage(str(tmp_path)).child("run")
-    with pytest.raises(ValueError, match=r"Check tracking\.uri"):
+    with pytest.raises(OSError, match=r"Check tracking\.uri"):
         open_run(away, {}, run)
     assert not run.exists(RUN_FILE)
     run_id = open_run(_config(sqlite, tmp_path), {}, run)

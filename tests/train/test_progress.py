@@ -49,7 +49,7 @@ def _point_of_three_ranks() -> Point:
         meter.waited(0.5 if rank == 1 else 0.1)
         meter.forward(Took(0.8 if rank == 2 else 0.2))
         dist.barrier()  # what is waited for here is nobody's own time
-    return meter.point(torch.tensor(1.0), 3.0, 12)
+    return meter.point(torch.tensor(1.0), 3.0)
 
 
 def test_the_slowest_rank_is_the_one_that_works_longest_not_one_that_waits_for_it() -> None:
@@ -95,7 +95,7 @@ def _point_while_a_child_ends() -> float:
     ends: Any = mock.patch.object(psutil.Process, "children", children)
     if dist.get_rank() == 1:
         ends.start()
-    return meter.point(torch.tensor(1.0), 2.0, 2).memory_gib
+    return meter.point(torch.tensor(1.0), 2.0).memory_gib
 
 
 def test_a_process_that_ends_while_memory_is_counted_leaves_no_rank_alone() -> None:

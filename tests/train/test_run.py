@@ -95,17 +95,20 @@ def test_checkpoint_opens_without_an_engine_and_only_the_newest_are_kept(
     assert all(parameter.isfinite().all() for parameter in model.parameters())
 
 
-def test_same_command_again_ends_at_once_with_the_same_result_and_writes_no_point_twice(
+def test_same_command_again_says_that_the_run_is_finished_and_starts_nothing(
     whole: PretrainProcess, folder: Path
 ) -> None:
-    result = (folder / "runs/whole/result.json").read_bytes()
-    assert {"loss/train", "loss/val"} <= json.loads(result).keys()
+    run = folder / "runs/whole"
+    assert {"step", "loss/train", "loss/val"} <= json.loads((run / "result.json").read_bytes()).keys()
+    client = MlflowClient(tracking_uri=f"sqlite:///{folder}/runs/mlflow.db")
+    run_id = json.loads((run / "run.json").read_text())["mlflow_run_id"]
+    before = client.get_run(run_id).info.end_time, sorted(run.rglob("*"))
     again = PretrainProcess(_arguments(folder, "whole"))
     assert again.finish() == 0, again.output
-    assert "step-00000012, step 12" in again.output
-    assert (folder / "runs/whole/result.json").read_bytes() == result
-    assert [step for step, _ in history(folder / "runs", "whole", "loss/train")] == list(range(1, 13))
-    assert [step for step, _ in history(folder / "runs", "whole", "loss/val")] == [6, 12]
+    assert "run whole is finished: step 12 was its last" in again.output
+    assert f"checkpoint  {run}/checkpoints/step-00000012" in again.output
+    assert "workers have started" not in again.output
+    assert (client.get_run(run_id).info.end_time, sorted(run.rglob("*"))) == before
 
 
 def test_encoder_starts_from_the_given_weights_and_training_goes_on_from_them(
