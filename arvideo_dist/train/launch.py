@@ -79,8 +79,11 @@ def with_absolute_paths(config: RunConfig) -> RunConfig:
 
 
 def check_initial_weights(config: RunConfig) -> None:
-    """Read `model.init_from` once, so that weights of another encoder stop the command and not the workers."""
-    if config.model.init_from is not None:
+    """Read `model.init_from` once, so that weights of another encoder stop the command and not the workers.
+
+    A run that has a checkpoint goes on from that and does not need them.
+    """
+    if config.model.init_from is not None and not complete_checkpoints(run_folder(config)):
         from arvideo_dist.interchange import load_initial_encoder
         from arvideo_dist.model.vit import ENCODER_SIZES, Encoder
 
