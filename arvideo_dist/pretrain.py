@@ -21,9 +21,11 @@ from arvideo_dist.train.launch import (
     derive_checked,
     launch,
     run_folder,
+    wait_for_checkpoints,
     with_absolute_paths,
 )
 from arvideo_dist.train.lease import LeaseLostError, acquire
+from arvideo_dist.train.retention import newest_step
 from arvideo_dist.train.stop import CrashLoopError, RunInterruptedError, RunStoppedError
 
 
@@ -34,15 +36,18 @@ def main(argv: list[str] | None = None) -> None:
     )
     try:
         config, flags = read_config(sys.argv[1:] if argv is None else argv, parser)
-        check_initial_weights(config)
         if flags.dry_run:
+            check_initial_weights(config)
             derived = derive(config, None) if config.data.path is None else derive_checked(config)
             print(json.dumps(asdict(derived)))
             return
         config = with_absolute_paths(config)
         check_driver(config)
+        seen = wait_for_checkpoints(config)
+        check_initial_weights(config)
         derived = derive_checked(config)
-        with acquire(run_folder(config), config.run.lease_s) as lease:
+        with acquire(run_folder(config), config.run.lease_s, newest_step) as lease:
+            lease.saw(seen)
             check_resume(config)
             _print_start(config, derived)
             finished = launch(config, derived, lease)

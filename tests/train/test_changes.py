@@ -13,8 +13,9 @@ from arvideo_dist.config import RunConfig
 from arvideo_dist.data.index import FileEntry
 from arvideo_dist.storage import Storage
 from arvideo_dist.train.changes import ALTERING, FREE, check_allowed_names, data_digests, refuse_changes
-from arvideo_dist.train.checkpoint import FOLDER, MANIFEST, STATE, CheckpointManifest, checkpoint_name
+from arvideo_dist.train.checkpoint import CheckpointManifest
 from arvideo_dist.train.launch import check_resume
+from arvideo_dist.train.retention import FOLDER, MANIFEST, STATE, checkpoint_name
 from tests.data.conftest import FRAMES, write_dataset
 
 

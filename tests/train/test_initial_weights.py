@@ -11,7 +11,7 @@ from arvideo_dist import pretrain
 from arvideo_dist.config import RunConfig
 from arvideo_dist.derived import derive
 from arvideo_dist.storage import Storage
-from arvideo_dist.train.checkpoint import FOLDER, MANIFEST
+from arvideo_dist.train.retention import FOLDER, MANIFEST
 from arvideo_dist.train.stop import RunStoppedError
 
 
