@@ -25,9 +25,11 @@ from arvideo_dist.train.launch import (
     derive_checked,
     launch,
     run_folder,
+    wait_for_checkpoints,
     with_absolute_paths,
 )
 from arvideo_dist.train.lease import LeaseLostError, acquire
+from arvideo_dist.train.retention import newest_step
 from arvideo_dist.train.schedule import plan_of
 from arvideo_dist.train.stop import CrashLoopError, RunInterruptedError, RunStoppedError
 
@@ -39,8 +41,8 @@ def main(argv: list[str] | None = None) -> None:
     )
     try:
         config, flags = read_config(sys.argv[1:] if argv is None else argv, parser)
-        check_initial_weights(config)
         if flags.dry_run:
+            check_initial_weights(config)
             derived = derive(config, None) if config.data.path is None else derive_checked(config)
             print(json.dumps(asdict(derived)))
             return
@@ -48,9 +50,12 @@ def main(argv: list[str] | None = None) -> None:
         finished = already_finished(config)
         if finished is None:
             check_driver(config)
+            seen = wait_for_checkpoints(config)
+            check_initial_weights(config)
             derived = derive_checked(config)
             check_run(config, derived)
-            with acquire(run_folder(config), config.run.lease_s) as lease:
+            with acquire(run_folder(config), config.run.lease_s, newest_step) as lease:
+                lease.saw(seen)
                 _print_start(config, derived, check_resume(config))
                 finished = launch(config, derived, lease)
     except ValueError as error:

@@ -215,6 +215,7 @@ class Storage:
                     self.put_file(aside, name)
             return
         target = Path(self.path(name))
+        self._before_change()
         target.parent.mkdir(parents=True, exist_ok=True)
         aside = target.with_name(f".{target.name}.{uuid.uuid4().hex}.partial")
         try:
@@ -228,7 +229,7 @@ class Storage:
             aside.unlink(missing_ok=True)
 
     def _before_change(self) -> None:
-        """Called before anything is published or removed; a subclass may refuse by raising."""
+        """Called before anything is written, published or removed; a subclass may refuse by raising."""
 
     @contextlib.contextmanager
     def streaming(self, name: str) -> Iterator[IO[bytes]]:

@@ -36,6 +36,7 @@ RUN_FILE = "run.json"  # in the run's folder: which MLflow run it is
 # and is one of its tags from the first moment, so that a start that was killed before RUN_FILE stood is taken up.
 IDENTITY_FILE = "identity.json"
 IDENTITY_TAG = "arvideo.run_id"
+FOLDER_TAG = "arvideo.run"  # of the MLflow run: the training run's folder
 # MLflow's client repeats a request for minutes by itself, and waits two for each answer. Here it does so once, at
 # once, which is enough for a connection that the server had closed; who can wait repeats it again. Variables that
 # are set already are left.
@@ -119,7 +120,7 @@ def _new_run(client: MlflowClient, config: RunConfig, derived: Mapping[str, Any]
     experiment, identity = _experiment_id(client, config), _identity(folder)
     before = _runs_of(client, experiment, identity)
     if not before:
-        tags = {"arvideo.run": folder.uri, IDENTITY_TAG: identity}
+        tags = {FOLDER_TAG: folder.uri, IDENTITY_TAG: identity}
         client.create_run(experiment, run_name=config.run.name, tags=tags)
     # A request whose answer was lost is repeated by MLflow's client, and makes two.
     run_id, *doubles = before or _runs_of(client, experiment, identity)
@@ -155,6 +156,50 @@ def _runs_of(client: MlflowClient, experiment: str, identity: str) -> list[str]:
         [experiment], f"tags.`{IDENTITY_TAG}` = '{identity}'", order_by=["attributes.start_time ASC"]
     )
     return [run.info.run_id for run in found]
+
+
+def newest_checkpoint(config: RunConfig, folder: Storage, tag: str) -> int:
+    """The step that `tag` names, of the MLflow runs that have the name and the `folder` of this training run.
+
+    0 if there is none, or if MLflow does not say: a new run cannot start without it.
+    """
+    uri = tracking_uri(config)
+    if not _has_database(uri):
+        return 0
+    try:
+        client = _client(uri)
+        experiment = client.get_experiment_by_name(config.tracking.experiment)
+        if experiment is None:
+            return 0
+        named = f"attributes.run_name = '{config.run.name}'"
+        runs = client.search_runs([experiment.experiment_id], named)
+    except (MlflowException, OSError):
+        return 0
+    ours = [run for run in runs if _place(run.data.tags.get(FOLDER_TAG, "")) == _place(folder.uri)]
+    return max((_step(run.data.tags.get(tag)) for run in ours), default=0)
+
+
+def newest_checkpoint_of(uri: str, run_id: str, tag: str) -> int:
+    """The step that `tag` of an MLflow run names; 0 if it names none, or if MLflow does not say."""
+    try:
+        return _step(_client(uri).get_run(run_id).data.tags.get(tag)) if _has_database(uri) else 0
+    except (MlflowException, OSError):
+        return 0
+
+
+def _step(tag: str | None) -> int:
+    return int(tag) if tag is not None and tag.isdecimal() else 0
+
+
+def _place(uri: str) -> str:
+    """Where a folder lies, whatever options its URI has."""
+    return uri.partition("?")[0].rpartition("@")[2].rpartition("://")[2].rstrip("/")
+
+
+def _has_database(uri: str) -> bool:
+    """False for a file that is not there: a client would make an empty one."""
+    database = uri.removeprefix("sqlite:///")
+    return database == uri or Path(database).exists()
 
 
 def close_run(config: RunConfig, run_id: str, status: str) -> None:
@@ -208,12 +253,12 @@ class Tracker:
 
         `time_ms`: when they were measured, in UNIX time, the same again where the request is repeated; None: now.
         """
+        self._before_write()  # before the first look, too: a client makes a database where there is none
         last = self._last_steps_there()
         new = {key: value for key, value in metrics.items() if step > last.get(key, -1)}
         if not new:
             return
         time_ms = get_current_time_millis() if time_ms is None else time_ms
-        self._before_write()
         try:
             self._client.log_batch(
                 self._run_id, metrics=[Metric(key, float(value), time_ms, step) for key, value in new.items()]
@@ -273,9 +318,8 @@ def tracker_of(folder: Storage) -> Tracker:
         raise ValueError(f"{folder.uri} has no {RUN_FILE}, which names its MLflow run")
     record = json.loads(folder.read_bytes(RUN_FILE))
     uri, run_id = record["tracking_uri"], record["mlflow_run_id"]
-    database = uri.removeprefix("sqlite:///")
-    if database != uri and not Path(database).exists():  # a client would make an empty one
-        raise ValueError(f"{folder.uri}/{RUN_FILE} names MLflow's database {database}, which is not there")
+    if not _has_database(uri):
+        raise ValueError(f"{folder.uri}/{RUN_FILE} names MLflow's database {uri}, which is not there")
     try:
         _client(uri).get_run(run_id)
     except MlflowException as error:

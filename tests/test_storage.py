@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from pyarrow.fs import S3FileSystem
 
-from arvideo_dist import storage
+import arvideo_dist.storage as storage_module
 from arvideo_dist.s3 import S3Reader
 from arvideo_dist.storage import Storage, is_missing, lasts, patiently, shown, without_credentials
 from tests.services.relays import CutOff, CutsAnswers, RefusesOthers, RefusesWrites, Requests
@@ -236,6 +236,6 @@ def test_a_full_disk_is_not_waited_for(number: int, monkeypatch: pytest.MonkeyPa
     def fails() -> None:
         raise OSError(number, "disk")
 
-    monkeypatch.setattr(storage.time, "sleep", lambda seconds: pytest.fail(f"waited {seconds} s"))
+    monkeypatch.setattr(storage_module.time, "sleep", lambda seconds: pytest.fail(f"waited {seconds} s"))
     with pytest.raises(OSError, match="disk"):
         patiently(fails)

@@ -23,10 +23,11 @@ import torch.distributed as dist
 from arvideo_dist.config import TrainConfig
 from arvideo_dist.data.loader import Batch
 from arvideo_dist.storage import Storage
-from arvideo_dist.train.checkpoint import FOLDER as CHECKPOINTS
-from arvideo_dist.train.checkpoint import Checkpoint, open_newest_whole, step_of
+from arvideo_dist.train.checkpoint import Checkpoint, open_newest_whole
 from arvideo_dist.train.deferred import DeferredWrites
 from arvideo_dist.train.engine import Engine
+from arvideo_dist.train.retention import FOLDER as CHECKPOINTS
+from arvideo_dist.train.retention import step_of, weights_step
 from arvideo_dist.train.stop import RunStoppedError
 
 if TYPE_CHECKING:
@@ -95,13 +96,6 @@ class BadSteps:
         """Whether the run must `go_back` before its next step."""
         return self._in_a_row >= self._options.max_bad_steps
 
-    def repeats(self, step: int) -> int:
-        """How many of the newest checkpoints, the one of `step` being the last, hold an older one's weights again:
-        those made right after rollbacks."""
-        if not self._rollbacks or self._rollbacks[-1]["step"] != step:
-            return 0
-        return self._rollbacks_to_same_weights()
-
     def good(self) -> None:
         """The step was applied."""
         self._in_a_row = 0
@@ -119,11 +113,11 @@ class BadSteps:
                 step, sorted((row for each in gathered for row in each), key=lambda row: row["place"])
             )
 
-    def go_back(self, step: int, engine: Engine) -> int:
+    def go_back(self, step: int, engine: Engine, seen: int) -> int:
         """Collective. Give `engine` the weights and moments of the newest good checkpoint; returns its step.
 
         Good is one that is whole and was not made directly after a bad step, by a run told to leave: its weights
-        are those that are suspected.
+        are those that are suspected. `seen`: the newest step of which anybody saw a checkpoint.
 
         Call it after step `step` where `too_many`, with no save in flight, and save right after: later restarts
         begin behind the rollback then. Raises RunStoppedError on all ranks where the configuration or reason
@@ -139,7 +133,8 @@ class BadSteps:
         remedy = (
             "Look at loss and gradient norm before these steps and at the GPUs of the ranks listed. To go on, "
             "lower optim.base_lr or set optim.clip_grad_norm (and name it in --run.allow_change); for older "
-            f"weights delete the newest folders of {self._run.uri}/{CHECKPOINTS}"
+            f"weights copy the folder that you want from {self._run.uri}/{CHECKPOINTS} to the same place under "
+            "another run.name, and start that run"
         )
         if self._rollbacks and step - self._in_a_row == self._rollbacks[-1]["step"]:
             raise RunStoppedError(
@@ -151,7 +146,7 @@ class BadSteps:
                 f"{number}, and the run has gone back {_MAX_ROLLBACKS_TO_SAME_WEIGHTS} times without a checkpoint "
                 f"of newer weights in between. {listed}. {remedy}"
             )
-        checkpoint = open_newest_whole(self._run, self._control, _followed_a_good_step)
+        checkpoint = open_newest_whole(self._run, self._control, _is_good, seen)
         if checkpoint is None:
             raise RunStoppedError(
                 f"{number}, and there is no checkpoint to go back to. {listed}. Check optim.base_lr, "
@@ -222,6 +217,5 @@ class BadSteps:
             self._tracker.log_bytes(name, content)
 
 
-def _followed_a_good_step(checkpoint: Checkpoint) -> bool:
-    listed = checkpoint.state.get("bad_steps")
-    return not listed or listed["in_a_row"] == 0
+def _is_good(checkpoint: Checkpoint) -> bool:
+    return weights_step(checkpoint.state, step_of(checkpoint.name)) is not None

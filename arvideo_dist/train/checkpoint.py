@@ -14,7 +14,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-import re
 import socket
 from collections.abc import Callable, Iterable
 from importlib import metadata
@@ -29,16 +28,15 @@ from arvideo_dist.storage import Storage, patiently
 from arvideo_dist.train import zero_state
 from arvideo_dist.train.activity import activity
 from arvideo_dist.train.engine import Engine
+from arvideo_dist.train.lease import GuardedStorage
 from arvideo_dist.train.parts import Slice, read_slices
-from arvideo_dist.train.stop import RunStoppedError
+from arvideo_dist.train.retention import FOLDER, MANIFEST, STATE, complete_checkpoints, step_of
+from arvideo_dist.train.seen import not_seen_again
+from arvideo_dist.train.stop import RunStoppedError, StoreAwayError
 
-FOLDER = "checkpoints"
-MANIFEST = "manifest.json"
-STATE = "state.json"
 FORMAT_VERSION = 1
 KINDS = ("weight", *zero_state.MOMENTS)
 _PIECE_BYTES = 32 * 2**20  # of a part that is verified; a request to an object store
-_NAME = re.compile(r"step-\d{8}")
 
 
 class CheckpointError(RuntimeError):
@@ -69,55 +67,12 @@ class CheckpointManifest(BaseModel):
     state: FileEntry
 
 
-def checkpoint_name(step: int) -> str:
-    return f"step-{step:08d}"
-
-
-def step_of(name: str) -> int:
-    """The optimiser step of a checkpoint's name."""
-    return int(name.removeprefix("step-"))
-
-
-def complete_checkpoints(run: Storage) -> list[str]:
-    """Names of the complete checkpoints of a run, oldest first."""
-    return [name for name in _names(run) if run.exists(f"{FOLDER}/{name}/{MANIFEST}")]
-
-
-def _names(run: Storage) -> list[str]:
-    """Names of checkpoints, complete or not; a copy that a person made beside them is none of the run's."""
-    return [name for name in run.names(FOLDER) if _NAME.fullmatch(name)]
-
-
-def discard(run: Storage, name: str) -> None:
-    """Delete a checkpoint, or what a killed save left of it."""
-    # The manifest goes first, so that a half deleted folder is not taken for a checkpoint.
-    run.delete(f"{FOLDER}/{name}/{MANIFEST}")
-    run.delete(f"{FOLDER}/{name}")
-
-
-def retain(run: Storage, newest: str, keep_last: int, keep_every: int | None) -> None:
-    """The one place that decides which checkpoints are deleted, called when `newest` has been written.
-
-    Kept are the newest `keep_last` complete ones and, for good, the first one of each `keep_every` steps: that of
-    a step that it divides or, where the save at that step failed or was put off, the next one. What stands for a
-    later step is damaged, else the run had continued from it; it goes, as do the leftovers of killed saves. Other
-    names are left alone.
-    """
-    complete = [name for name in complete_checkpoints(run) if name <= newest]
-    kept = complete[-keep_last:]
-    if keep_every is not None:
-        firsts = {step_of(name) // keep_every: name for name in reversed(complete)}
-        kept += [name for number, name in firsts.items() if number > 0]
-    for name in _names(run):
-        if name not in kept:
-            discard(run, name)
-
-
 class Checkpoint:
     """A complete checkpoint, opened for reading by parameter name. Needs no engine and no process group."""
 
     def __init__(self, run: Storage, name: str) -> None:
         self.name = name
+        self.damaged_newer: list[str] = []  # names that were passed over on the way to this one
         self._run, self._folder = run, f"{FOLDER}/{name}"
         self.manifest = CheckpointManifest.model_validate_json(run.read_bytes(f"{self._folder}/{MANIFEST}"))
         if self.manifest.format_version != FORMAT_VERSION:
@@ -217,18 +172,24 @@ class Checkpoint:
 
 
 def open_newest_whole(
-    run: Storage, control: dist.ProcessGroup, is_wanted: Callable[[Checkpoint], bool] = lambda found: True
+    run: Storage,
+    control: dist.ProcessGroup,
+    is_wanted: Callable[[Checkpoint], bool] = lambda found: True,
+    seen: int = 0,
 ) -> Checkpoint | None:
     """Collective: the newest checkpoint whose content is what its manifest says, the same on all ranks.
 
     The ranks verify the parts in turn. A damaged checkpoint is named and the one before it is tried; one that
     is not wanted is passed over. None where the run has no wanted checkpoint; RunStoppedError where it has some
-    and all are damaged.
+    and all are damaged. `seen`: the newest step of which anybody saw a checkpoint here; StoreAwayError on all ranks
+    if the store shows none of that step or a later one.
     """
     rank, world_size = dist.get_rank(), dist.get_world_size()
     listed = [patiently(lambda: complete_checkpoints(run)) if rank == 0 else []]
     dist.broadcast_object_list(listed, src=0, group=control)
-    damaged: list[str] = []
+    if away := not_seen_again(run, step_of(listed[0][-1]) if listed[0] else 0, seen):
+        raise StoreAwayError(away)
+    damaged: list[tuple[str, str]] = []
     for name in reversed(listed[0]):
         fault = None
         try:
@@ -236,18 +197,22 @@ def open_newest_whole(
             patiently(functools.partial(found.verify, found.manifest.parts[rank::world_size]))
         except (CheckpointError, ValidationError, FileNotFoundError) as error:
             fault = f"{error} (rank {rank} on {socket.gethostname()})"
+            if isinstance(run, GuardedStorage):
+                # What is missing on a machine that has lost the whole store is no damage.
+                patiently(run.guard.check)
         faults: list[str | None] = [None] * world_size
         dist.all_gather_object(faults, fault, group=control)
         if not any(faults):
             if is_wanted(found):
+                found.damaged_newer = [each for each, _ in damaged]
                 return found
             continue
-        damaged.append(next(filter(None, faults)))
+        damaged.append((name, next(filter(None, faults))))
         if rank == 0:
-            print(f"not used, the one before it is tried: {damaged[-1]}", flush=True)
+            print(f"not used, the one before it is tried: {damaged[-1][1]}", flush=True)
     if listed[0] and len(damaged) == len(listed[0]):
         raise RunStoppedError(
-            f"all checkpoints in {run.uri}/{FOLDER} are damaged, the newest: {damaged[0]}. If that machine has "
+            f"all checkpoints in {run.uri}/{FOLDER} are damaged, the newest: {damaged[0][1]}. If that machine has "
             "lost the storage, mend that, and the same command continues; else restore a checkpoint from a copy, "
             "or set another run.name to begin anew"
         )

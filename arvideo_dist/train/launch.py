@@ -21,20 +21,24 @@ from arvideo_dist.config import RunConfig
 from arvideo_dist.data.index import load_manifest, manifest_name
 from arvideo_dist.derived import Derived, derive
 from arvideo_dist.storage import Storage, lasts, patiently, shown
-from arvideo_dist.train import changes
+from arvideo_dist.train import changes, seen
 from arvideo_dist.train.activity import activity
-from arvideo_dist.train.checkpoint import FOLDER, Checkpoint, CheckpointError, complete_checkpoints
+from arvideo_dist.train.checkpoint import Checkpoint, CheckpointError
 from arvideo_dist.train.data import clips_per_epoch, training_sources
 from arvideo_dist.train.engine import resolve_precision
 from arvideo_dist.train.heartbeat import Heartbeat
 from arvideo_dist.train.lease import Lease
 from arvideo_dist.train.monitor import HangWatch
 from arvideo_dist.train.preemption import stop_on_sigterm, wait_to_restart, wait_until_gone
-from arvideo_dist.train.stop import RESULT, Interruption, RunInterruptedError, RunStoppedError, Stopped
-
-# How long lost workers' successors wait for the stores of run and data, and between two looks at it.
-_STORE_AWAY_S = 3600.0
-_STORE_PAUSE_S = 5.0
+from arvideo_dist.train.retention import FOLDER, checkpoint_name, complete_checkpoints, newest_step
+from arvideo_dist.train.stop import (
+    RESULT,
+    Interruption,
+    RunInterruptedError,
+    RunStoppedError,
+    Stopped,
+    StoreAwayError,
+)
 
 
 @dataclass(frozen=True)
@@ -80,8 +84,11 @@ def with_absolute_paths(config: RunConfig) -> RunConfig:
 
 
 def check_initial_weights(config: RunConfig) -> None:
-    """Read `model.init_from` once, so that weights of another encoder stop the command and not the workers."""
-    if config.model.init_from is not None:
+    """Read `model.init_from` once, so that weights of another encoder stop the command and not the workers.
+
+    A run that has a checkpoint goes on from that and does not need them.
+    """
+    if config.model.init_from is not None and not complete_checkpoints(run_folder(config)):
         from arvideo_dist.interchange import load_initial_encoder
         from arvideo_dist.model.vit import ENCODER_SIZES, Encoder
 
@@ -126,6 +133,20 @@ def run_folder(config: RunConfig) -> Storage:
     return Storage(config.run.storage_path).child(config.run.name)
 
 
+def wait_for_checkpoints(config: RunConfig) -> int:
+    """Wait, before anything is written, for a store that shows less of this run than its lease or MLflow tells.
+
+    Returns and raises what `seen.wait_until_seen_again` does.
+    """
+
+    def seen_by_mlflow() -> int:
+        from arvideo_dist import tracking  # imports MLflow, which takes seconds
+
+        return tracking.newest_checkpoint(config, run_folder(config), seen.CHECKPOINT_TAG)
+
+    return seen.wait_until_seen_again(run_folder(config), seen_by_mlflow)
+
+
 def launch(config: RunConfig, derived: Derived, lease: Lease) -> Finished:
     """Run the training on Ray under `lease` and return when it has ended.
 
@@ -135,6 +156,7 @@ def launch(config: RunConfig, derived: Derived, lease: Lease) -> Finished:
     from arvideo_dist import tracking  # MLflow and Ray take seconds to import: only after all checks
 
     run = lease.guard.storage()
+    patiently(lease.guard.check)  # else a run that has one would be given a second MLflow run
     run_id = tracking.open_run(config, asdict(derived), run)
     status = "FAILED"
     try:
@@ -150,7 +172,7 @@ def launch(config: RunConfig, derived: Derived, lease: Lease) -> Finished:
     return Finished(
         metrics=result,
         run_folder=run.uri,
-        checkpoint=f"{run.uri}/{FOLDER}/{patiently(lambda: _newest(run))}",
+        checkpoint=f"{run.uri}/{FOLDER}/{checkpoint_name(patiently(lambda: newest_step(run)))}",
         mlflow_run_id=run_id,
     )
 
@@ -187,7 +209,7 @@ def _fit(config: RunConfig, derived: Derived, uri: str, run_id: str, lease: Leas
 
     api: Any = ray.train
     run = run_folder(config)
-    restarts = Restarts(config.run.max_restarts, run.uri)
+    restarts, patience = Restarts(config.run.max_restarts, run.uri), seen.Patience()
     connect(config)
     try:
         # Once: where all GPU nodes are away for a while, the next workers wait for them and do not go on on CPUs.
@@ -197,6 +219,8 @@ def _fit(config: RunConfig, derived: Derived, uri: str, run_id: str, lease: Leas
             HangWatch(config.run.hung_s, lease.guard, lambda *tag: tracker_of(run).tag(*tag)) as hangs,
         ):
             while True:
+                _hear_of_checkpoints(uri, run_id, lease)
+                _newest_once_stores_answer(config, lease)
                 hangs.new_workers()
                 try:
                     interruption = _fit_once(config, derived, uri, run_id, lease, hangs.monitor, use_gpu)
@@ -205,6 +229,10 @@ def _fit(config: RunConfig, derived: Derived, uri: str, run_id: str, lease: Leas
                     line, pause = restarts.lost(cause, _newest_once_stores_answer(config, lease))
                     print(line, flush=True)
                     wait_to_restart(lease, pause)
+                    continue
+                except StoreAwayError as error:
+                    patience.left_again(error, lease.saw(0))
+                    wait_to_restart(lease, seen.PAUSE_S)
                     continue
                 if interruption is None:
                     return
@@ -223,38 +251,40 @@ def _fit(config: RunConfig, derived: Derived, uri: str, run_id: str, lease: Leas
         ray.shutdown()
 
 
-def _newest(run: Storage) -> str | None:
-    """The name of the newest complete checkpoint."""
-    found = complete_checkpoints(run)
-    return found[-1] if found else None
+def _hear_of_checkpoints(uri: str, run_id: str, lease: Lease) -> None:
+    """Hear of the newest checkpoint that the workers told MLflow of: the lease's heartbeat may not have seen it."""
+    from arvideo_dist import tracking
+
+    lease.saw(tracking.newest_checkpoint_of(uri, run_id, seen.CHECKPOINT_TAG))
 
 
 def _newest_once_stores_answer(config: RunConfig, lease: Lease) -> str | None:
-    """`_newest` of a run that is still ours; waits for a store of run or data that is away, since a restart would
-    need it too.
+    """The name of the newest complete checkpoint of a run that is still ours; waits for a store of run or data that
+    is away, or that shows less than was seen there, since new workers would need it too.
 
-    OSError where it stays away for _STORE_AWAY_S or where time alone does not mend it; LeaseLostError and
+    OSError where it stays away for an hour or where time alone does not mend it; LeaseLostError and
     RunInterruptedError as soon as the lease is known to be lost or the run is asked to stop.
     """
-    run, until, said = run_folder(config), time.monotonic() + _STORE_AWAY_S, False
+    run, until, said = run_folder(config), time.monotonic() + seen.AWAY_S, False
     while True:
         try:
             lease.guard.check()
-            newest = _newest(run)
+            newest = newest_step(run)
+            seen.look(run, lease.saw(newest))
             for source in training_sources(config.data):
                 if not source.storage.exists(name := manifest_name(source.split)):
                     raise OSError(f"{source.storage.uri} has no {name} any more: is its mount there?")
-            return newest
+            return checkpoint_name(newest) if newest else None
         except OSError as error:
-            if lasts(error) or time.monotonic() + _STORE_PAUSE_S > until:
+            if lasts(error) or time.monotonic() + seen.PAUSE_S > until:
                 raise
             if not said:
-                minutes = _STORE_AWAY_S / 60
+                minutes = seen.AWAY_S / 60
                 print(
                     f"new workers wait for storage, for up to {minutes:g} minutes: {shown(error)}", flush=True
                 )
                 said = True
-        wait_to_restart(lease, _STORE_PAUSE_S)
+        wait_to_restart(lease, seen.PAUSE_S)
 
 
 def _fit_once(
@@ -273,6 +303,7 @@ def _fit_once(
             "tracking_uri": uri,
             "mlflow_run_id": run_id,
             "lease": lease.guard,
+            "seen": lease.saw(0),
             "monitor": monitor,
         },
         scaling_config=api.ScalingConfig(
@@ -297,7 +328,7 @@ def _fit_once(
     )
     result = trainer.fit().return_value
     if isinstance(result, Stopped):
-        raise RunStoppedError(result.reason, passing=result.passing)
+        raise result.error()
     return result
 
 
@@ -375,7 +406,7 @@ def _worker(payload: dict[str, Any]) -> Interruption | Stopped | None:
         try:
             return _train(config, payload)
         except RunStoppedError as error:  # returning is what keeps the driver from a restart
-            return Stopped(str(error), error.passing)
+            return Stopped.because(error)
 
 
 def _train(config: RunConfig, payload: dict[str, Any]) -> Interruption | None:
@@ -401,8 +432,11 @@ def _train(config: RunConfig, payload: dict[str, Any]) -> Interruption | None:
         tracking_uri=payload["tracking_uri"],
         mlflow_run_id=payload["mlflow_run_id"],
         lease=payload["lease"],
+        seen=payload["seen"],
     )
     watch = Watch(task.lease, control, ray_notice)
+    activity.together("looks for the run's checkpoints")
+    seen.look_from_all_ranks(task.lease, task.seen, control)
     activity.together("checks its machine")
     check_workers_start(task.config, task.derived, task.lease, control)
     tracker: Any = contextlib.nullcontext()

@@ -15,9 +15,10 @@ observer's own monotonic clock; at once where the holder was a process of this v
 namespace) that has ended.
 
 *Fencing.* Driver and workers look for a higher generation immediately before every change of the run
-(`GuardedStorage`, MLflow points). Storage offers no write that depends on another file, so a process that is
-suspended exactly between that look and its write could still publish one file; what it could publish is a
-checkpoint that is whole, or points that are the same.
+(`GuardedStorage`, MLflow points). Who does not find the file of its own generation has lost its storage, as where a
+mount is gone and its empty folder is left: nothing is written there either. Storage offers no write that depends on
+another file, so a process that is suspended exactly between that look and its write could still publish one file;
+what it could publish is a checkpoint that is whole, or points that are the same.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ import sys
 import threading
 import time
 import uuid
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 
@@ -42,6 +44,7 @@ FOLDER = "lease"
 _NAME = re.compile(r"(\d{8})-[0-9a-f]{32}\.json")
 _BEATS_PER_LEASE = 6
 _READS = 5
+_LISTINGS = 2  # one may miss a file that is being replaced
 
 
 class LeaseHeldError(ValueError):
@@ -92,6 +95,7 @@ class Record(BaseModel):
     holder: Holder
     lease_s: float
     beat: int = 0
+    newest_step: int = 0  # of which a checkpoint was seen in the run's folder
     released: bool = False
     stop: str | None = None  # why the workers shall save and end
 
@@ -116,14 +120,22 @@ class Guard:
         return _generation(self.name)
 
     def check(self) -> None:
-        """Raises LeaseLostError where a higher generation exists."""
-        newest = _newest(self._run)
-        if newest and _generation(newest[0]) > self.generation:
-            found = _read(self._run, newest[0])
-            raise LeaseLostError(
-                f"run {self.run_uri} was taken over by {found.holder if found else 'another driver'} (generation "
-                f"{_generation(newest[0])}, this one is {self.generation}): nothing more is written here"
-            )
+        """Raises LeaseLostError where a higher generation exists, OSError where this one's own file is not."""
+        for _ in range(_LISTINGS):
+            newest = _newest(self._run)
+            if newest and _generation(newest[0]) > self.generation:
+                found = _read(self._run, newest[0])
+                holder = found.holder if found else "another driver"
+                raise LeaseLostError(
+                    f"run {self.run_uri} was taken over by {holder} (generation {_generation(newest[0])}, this one "
+                    f"is {self.generation}): nothing more is written here"
+                )
+            if self.name in newest:
+                return
+        raise OSError(
+            f"{self.run_uri}/{FOLDER} on {socket.gethostname()} does not hold this driver's own {self.name}: the "
+            "store is taken to be away, and nothing is written. Is it mounted?"
+        )
 
     def stop_asked(self) -> str | None:
         """Why the driver wants its workers to save and end, if it does."""
@@ -136,22 +148,25 @@ class Guard:
 
 
 class GuardedStorage(Storage):
-    """A run's folder in which nothing is changed once a higher generation exists (LeaseLostError)."""
+    """A run's folder in which nothing is changed once a higher generation exists (LeaseLostError), nor where the
+    folder is not the run's (OSError)."""
 
     def __init__(self, guard: Guard) -> None:
         super().__init__(guard.run_address)
-        self._guard = guard
+        self.guard = guard
 
     def _before_change(self) -> None:
-        self._guard.check()
+        self.guard.check()
 
 
 class Lease:
     """A lease that this driver holds: renewed by a thread, given back on exit from the `with` block."""
 
-    def __init__(self, guard: Guard, record: Record) -> None:
+    def __init__(self, guard: Guard, record: Record, newest_step: Callable[[Storage], int]) -> None:
+        """`newest_step`: of the complete checkpoints of a run, 0 for none; asked at each heartbeat."""
         self.guard = guard
-        self._record = record
+        self._record, self._newest_step_of = record, newest_step
+        self._seen, self._seeing = record.newest_step, threading.Lock()
         self.stop_reason: str | None = None  # why the run was asked to stop, if it was
         self._wake, self._ended = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._keep, name="lease", daemon=True)
@@ -181,6 +196,12 @@ class Lease:
         self.stop_reason = reason
         self._wake.set()
 
+    def saw(self, step: int) -> int:
+        """Somebody saw a checkpoint of `step`; returns the newest step that anybody has seen, 0 for none."""
+        with self._seeing:
+            self._seen = max(self._seen, step)
+            return self._seen
+
     def is_held(self) -> bool:
         """Whether no other driver has the run. OSError where its storage does not tell for the lease time."""
         try:
@@ -190,6 +211,7 @@ class Lease:
         return True
 
     def _keep(self) -> None:
+        failing = False
         while True:
             self._wake.wait(self._record.lease_s / _BEATS_PER_LEASE)
             self._wake.clear()
@@ -200,21 +222,29 @@ class Lease:
             except LeaseLostError as error:
                 print(f"error: {error}", file=sys.stderr, flush=True)
                 return
-            except OSError as error:  # tried again; if it lasts, another driver may take the run
-                print(f"the lease of {self.guard.run_uri} was not renewed: {error}", file=sys.stderr)
+            except OSError as error:
+                # Tried again, and said once; if it lasts, another driver may take the run.
+                if not failing:
+                    print(f"the lease of {self.guard.run_uri} was not renewed: {error}", file=sys.stderr)
+                failing = True
+            else:
+                failing = False
 
     def _write(self, *, released: bool = False) -> None:
+        with contextlib.suppress(OSError):  # a store that fails for a moment costs no heartbeat
+            self.saw(self._newest_step_of(Storage(self.guard.run_address)))
         update = {"beat": self._record.beat + 1, "released": released, "stop": self.stop_reason}
+        update["newest_step"] = self.saw(0)
         self._record = self._record.model_copy(update=update)
         content = self._record.model_dump_json(indent=1).encode()
         self.guard.storage().write_bytes(f"{FOLDER}/{self.guard.name}", content)
 
 
-def acquire(run: Storage, lease_s: float) -> Lease:
+def acquire(run: Storage, lease_s: float, newest_step: Callable[[Storage], int] = lambda run: 0) -> Lease:
     """Take the run's lease, waiting up to the holder's lease time to learn whether that one is alive.
 
-    `lease_s`: seconds without a heartbeat after which others may take it. Raises LeaseHeldError, which names
-    the holder.
+    `lease_s`: seconds without a heartbeat after which others may take it. `newest_step`: of the complete
+    checkpoints of a run, 0 for none. Raises LeaseHeldError, which names the holder.
     """
     record = Record(holder=Holder.this_process(), lease_s=lease_s)
     free: set[str] = set()
@@ -224,6 +254,8 @@ def acquire(run: Storage, lease_s: float) -> Lease:
             # Files may have come and gone meanwhile, so only a listing without an unknown one counts.
             free.update(name for name in judge if _wait_until_free(run, name))
             continue
+        seen = max(recorded_step(run), newest_step(run))
+        record = record.model_copy(update={"newest_step": max(record.newest_step, seen)})
         generation = _generation(newest[0]) + 1 if newest else 1
         mine = f"{generation:08d}-{uuid.uuid4().hex}.json"
         run.write_bytes(f"{FOLDER}/{mine}", record.model_dump_json(indent=1).encode())
@@ -233,9 +265,15 @@ def acquire(run: Storage, lease_s: float) -> Lease:
                     _generation(name) < generation
                 ):  # never of one that took over while this process was held up
                     run.delete(f"{FOLDER}/{name}")
-            return Lease(Guard(run.address, mine), record)
+            return Lease(Guard(run.address, mine), record, newest_step)
         run.delete(f"{FOLDER}/{mine}")
         time.sleep(random.uniform(0.2, 1.0))  # so that two who meet do not meet for ever
+
+
+def recorded_step(run: Storage) -> int:
+    """The newest step of which the holders of the run's lease saw a checkpoint, 0 for none."""
+    found = [_read(run, name) for name in _newest(run)]
+    return max((record.newest_step for record in found if record is not None), default=0)
 
 
 def _wait_until_free(run: Storage, name: str) -> bool:

@@ -43,6 +43,7 @@ from arvideo_dist.train.lease import Guard
 from arvideo_dist.train.progress import Meter, Stragglers, progress_line
 from arvideo_dist.train.saver import FAILED_TAG, Saver
 from arvideo_dist.train.schedule import plan_of
+from arvideo_dist.train.seen import CHECKPOINT_TAG
 from arvideo_dist.train.spikes import Spikes, spike_line
 from arvideo_dist.train.stop import RESULT, Interruption, RunStoppedError
 from arvideo_dist.train.validate import validate, validation_line
@@ -61,6 +62,7 @@ class Task:
     tracking_uri: str
     mlflow_run_id: str
     lease: Guard
+    seen: int = 0  # the newest step of which anybody saw a checkpoint of the run
 
 
 def train(
@@ -88,7 +90,7 @@ def train(
     activity.together("compares its data with the other ranks")
     agree_on_data(digests, precision, control)
     activity.together("verifies and reads the checkpoint")
-    start = checkpoints.open_newest_whole(run, control)
+    start = checkpoints.open_newest_whole(run, control, seen=task.seen)
     origin = "random weights"
     if start is not None:
         try:
@@ -151,6 +153,10 @@ def train(
         if tracker is not None:
             tracker.tag(FAILED_TAG, message if failures else f"none since the checkpoint of step {step}")
 
+    def note_checkpoint(step: int) -> None:
+        if tracker is not None:
+            tracker.tag(CHECKPOINT_TAG, str(step))
+
     saver = Saver(
         run,
         engine,
@@ -158,7 +164,9 @@ def train(
         functools.partial(_say, rank),
         flush=flush,
         report=report_failed_save,
+        published=note_checkpoint,
         last_saved=step,
+        damaged=start.damaged_newer if start is not None else (),
         failed_before=start.state.get("failed_saves", 0) if start is not None else 0,
     )
 
@@ -211,7 +219,7 @@ def train(
             "derived": asdict(derived),
             "versions": checkpoints.versions(),
         }
-        saver.request(step, state, repeats=bad_steps.repeats(step))
+        saver.request(step, state)
 
     batches = iter(train_loader)
     meter = Meter(device, control)
@@ -255,7 +263,7 @@ def train(
                 with contextlib.suppress(CheckpointError):  # the checkpoint before it is as good
                     saver.finish()
                 activity.together("goes back to earlier weights")
-                weights_step = bad_steps.go_back(step, engine)
+                weights_step = bad_steps.go_back(step, engine, seen=max(task.seen, saver.last_saved))
                 save_owed = True
                 if audit is not None:
                     audit.go_back(weights_step)

@@ -31,14 +31,16 @@ class Restarts:
     def lost(self, cause: str, checkpoint: str | None) -> tuple[str, float]:
         """Workers were lost because of `cause` (one line) with `checkpoint` as the newest complete one.
 
+        Only one that is newer than all before is progress: a store that shows fewer is none.
+
         Returns the line to print and the seconds to wait before workers start again. Raises CrashLoopError where
         the budget is used up.
         """
-        if checkpoint != self._checkpoint:
+        if checkpoint is not None and (self._checkpoint is None or checkpoint > self._checkpoint):
             self._checkpoint, self._causes = checkpoint, []
         self._causes.append(cause)
         number = len(self._causes)
-        since = f"checkpoint {checkpoint}" if checkpoint else "the start, before any checkpoint"
+        since = f"checkpoint {self._checkpoint}" if self._checkpoint else "the start, before any checkpoint"
         if number > self._budget:
             earlier = "".join(f"\n  {i}. {each}" for i, each in enumerate(self._causes, start=1))
             raise CrashLoopError(

@@ -27,7 +27,7 @@ import secrets
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -41,21 +41,24 @@ from arvideo_dist.storage import Storage, lasts
 from arvideo_dist.train import zero_state
 from arvideo_dist.train.activity import activity
 from arvideo_dist.train.checkpoint import (
-    FOLDER,
     KINDS,
-    MANIFEST,
-    STATE,
     CheckpointError,
     CheckpointManifest,
     FragmentEntry,
     check_coverage,
-    checkpoint_name,
-    discard,
-    retain,
     shape_of,
 )
 from arvideo_dist.train.engine import Engine
 from arvideo_dist.train.lease import LeaseLostError
+from arvideo_dist.train.retention import (
+    FOLDER,
+    MANIFEST,
+    STATE,
+    Retention,
+    checkpoint_name,
+    clear_leftovers,
+    weights_step,
+)
 from arvideo_dist.train.stop import RunStoppedError
 
 Result = TypeVar("Result")
@@ -80,7 +83,7 @@ def _nothing() -> None:
     pass
 
 
-def _ignore(step: int, failures: int, message: str) -> None:
+def _ignore(*_: object) -> None:
     pass
 
 
@@ -96,7 +99,9 @@ class Saver:
         *,
         flush: Callable[[], None] = _nothing,
         report: Callable[[int, int, str], None] = _ignore,
+        published: Callable[[int], None] = _ignore,
         last_saved: int = 0,
+        damaged: Iterable[str] = (),
         failed_before: int = 0,
     ) -> None:
         """Everything is written and deleted through `run`, which may refuse. `say` gets a line from rank 0 for
@@ -104,11 +109,14 @@ class Saver:
 
         `flush`: called on each rank before a checkpoint becomes visible, for what must be on storage by then.
         `report`: called on rank 0 for each failed save (step, failures in a row, message), and with 0 failures
-        for the first that succeeds after. Both are called by the background thread. `last_saved`: the step of the
-        checkpoint that the run began from. `failed_before`: `failures_in_all` of the workers before.
+        for the first that succeeds after. `published`: called on rank 0 with the step of each checkpoint that has
+        become visible. All three are called by the background thread. `last_saved`: the step of the checkpoint that
+        the run began from, `damaged`: names of newer ones that it could not use. `failed_before`: `failures_in_all`
+        of the workers before.
         """
         self._run, self._engine, self._options = run, engine, options
-        self._say, self._flush, self._report = say, flush, report
+        self._say, self._flush, self._report, self._published = say, flush, report, published
+        self._retention = Retention(run, options.keep_last, options.keep_every, damaged)
         self._rank, self._world_size = dist.get_rank(), dist.get_world_size()
         # The step loop uses its groups while the background thread uses this one.
         self._group = dist.new_group(backend="gloo", timeout=_TIMEOUT)
@@ -118,7 +126,7 @@ class Saver:
         self._failed_at = 0.0
         self._failures = 0  # in a row
         self.failures_in_all = failed_before
-        self._last_saved = last_saved
+        self.last_saved = last_saved  # the newest checkpoint's step
         self._requested_at = time.monotonic()
 
     def due_by_step(self, step: int) -> bool:
@@ -137,13 +145,12 @@ class Saver:
         minutes = self._options.checkpoint_every_minutes
         return minutes is not None and time.monotonic() - self._requested_at >= 60 * minutes
 
-    def request(self, step: int, state: dict[str, Any], repeats: int = 0) -> None:
+    def request(self, step: int, state: dict[str, Any]) -> None:
         """Begin to save the state as it is after `step`; waits first where the save before is not yet done, and
         leaves it where that one failed and the pause after it is not over.
 
-        `state`: JSON content kept beside the tensors. `repeats`: how many of the newest checkpoints, this one
-        among them, hold an older one's weights; they take no place of `keep_last`. Raises RunStoppedError, on all
-        ranks, where the save before was the last of `max_failed_saves` in a row.
+        `state`: JSON content kept beside the tensors. Raises RunStoppedError, on all ranks, where the save before
+        was the last of `max_failed_saves` in a row.
         """
         self._outcome()
         if self._failures:  # the same on all ranks once their threads have ended; their clocks are not
@@ -157,7 +164,10 @@ class Saver:
         content = json.dumps(state, indent=1).encode()
         self._snapshot.begin()
         self._thread = threading.Thread(
-            target=self._save, args=(step, content, repeats), name=f"save-{step}", daemon=True
+            target=self._save,
+            args=(step, content, weights_step(state, step)),
+            name=f"save-{step}",
+            daemon=True,
         )
         self._thread.start()
 
@@ -203,7 +213,7 @@ class Saver:
             raise RunStoppedError(
                 f"{self._failures} saves in a row failed (run.max_failed_saves); the last one: {failure}. Mend the "
                 f"storage (free space, rights, is the store up?); the same command goes on from step "
-                f"{self._last_saved}",
+                f"{self.last_saved}",
                 passing=failure.passing,
             ) from failure
         return failure
@@ -214,14 +224,14 @@ class Saver:
 
     # From here on: the background thread.
 
-    def _save(self, step: int, state: bytes, repeats: int) -> None:
+    def _save(self, step: int, state: bytes, weights: int | None) -> None:
         try:
             _lower_priority()
             if (
                 self._engine.device.type == "cuda"
             ):  # a new thread's is the first, where it would make a context
                 torch.cuda.set_device(self._engine.device)
-            self._write(step, state, repeats)
+            self._write(step, state, weights)
         except CheckpointError as error:
             self._failures += 1
             self.failures_in_all += 1
@@ -234,35 +244,38 @@ class Saver:
         else:
             if self._rank == 0 and self._failures:
                 self._report(step, 0, "")
-            self._failures, self._last_saved = 0, step
+            self._failures, self.last_saved = 0, step
 
     def _clean_up(self, step: int, error: CheckpointError) -> None:
         """Rank 0, after a failed save: give back the space of what was written, and tell."""
         name = checkpoint_name(step)
         try:
-            discard(self._run, name)
+            clear_leftovers(self._run, name)
         except (OSError, LeaseLostError) as left:
             self._say(f"step {step}  what the failed save left of {name} could not be deleted: {left}")
         tries = f"{self._failures} of run.max_failed_saves {self._options.max_failed_saves} in a row"
         self._say(f"step {step}  the save failed ({tries}): {error}")
         self._report(step, self._failures, str(error))
 
-    def _write(self, step: int, state: bytes, repeats: int) -> None:
+    def _write(self, step: int, state: bytes, weights: int | None) -> None:
         name = checkpoint_name(step)
         folder = f"{FOLDER}/{name}"
+        replaces = False  # a damaged checkpoint of the same step
 
         def prepare() -> str | None:
+            nonlocal replaces
             self._snapshot.complete()
             if self._rank:
                 return None
-            discard(self._run, name)  # what a killed save left or damage made useless, if anything
+            replaces = clear_leftovers(self._run, name)
             return secrets.token_hex(4)
 
         def publish() -> None:
             if self._rank == 0:
                 self._publish(folder, written, state)
                 self._say(f"step {step}  checkpoint {name} is complete")
-                self._retain(name, self._options.keep_last + repeats)
+                self._published(step)
+                self._retain(name, weights, replaces=replaces)
 
         def write() -> tuple[FileEntry, list[FragmentEntry]]:
             self._flush()
@@ -274,12 +287,13 @@ class Saver:
         written = self._together(folder, write)
         self._together(folder, publish)
 
-    def _retain(self, name: str, keep_last: int) -> None:
+    def _retain(self, name: str, weights: int | None, *, replaces: bool) -> None:
         try:
-            retain(self._run, name, keep_last, self._options.keep_every)
-        except (
-            OSError
-        ) as error:  # the checkpoint itself is whole, and the next one's turn comes for these too
+            if replaces:
+                clear_leftovers(self._run, name)
+            self._retention.saved(name, weights)
+        except OSError as error:
+            # The checkpoint itself is whole, and the next one's turn comes for these too.
             self._say(f"older checkpoints than {name} could not be deleted: {error}")
 
     def _together(self, folder: str, action: Callable[[], Result]) -> list[Result]:

@@ -19,12 +19,35 @@ class RunStoppedError(RuntimeError):
         self.passing = passing
 
 
+class StoreAwayError(RunStoppedError):
+    """The run's store shows less than was seen there: the driver waits for it and starts workers again.
+
+    Raised on all ranks together.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, passing=True)
+
+
 @dataclass(frozen=True)
 class Stopped:
     """What a worker leaves to the driver where it raised RunStoppedError."""
 
     reason: str
     passing: bool
+    store_away: bool = False
+
+    @classmethod
+    def because(cls, error: RunStoppedError) -> Stopped:
+        return cls(str(error), error.passing, isinstance(error, StoreAwayError))
+
+    def error(self) -> RunStoppedError:
+        """As it was raised by the worker."""
+        return (
+            StoreAwayError(self.reason)
+            if self.store_away
+            else RunStoppedError(self.reason, passing=self.passing)
+        )
 
 
 class CrashLoopError(RuntimeError):

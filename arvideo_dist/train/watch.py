@@ -45,6 +45,7 @@ class Watch:
         """
         self._guard, self._control, self._notice = guard, control, notice
         self._lost: str | None = None
+        self._failing = False  # the newest look at the lease
         self._stop: str | None = None
         self._leads = dist.get_rank() == 0
         if self._leads:
@@ -94,5 +95,10 @@ class Watch:
             self._stop = self._guard.stop_asked()
         except LeaseLostError as error:
             self._lost = str(error)
-        except OSError as error:  # every write looks again, so a store that fails for a while does no harm
-            print(f"the run's lease could not be read: {error}", flush=True)
+        except OSError as error:
+            # Every write looks again, so a store that fails for a while does no harm; it is said once.
+            if not self._failing:
+                print(f"the run's lease could not be read: {error}", flush=True)
+            self._failing = True
+        else:
+            self._failing = False

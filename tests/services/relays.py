@@ -1,5 +1,5 @@
-"""Relays in front of a real server: slow, hanging, cut off, losing answers, refusing writes, counting bytes or
-requests."""
+"""Relays in front of a real server: slow, hanging, cut off, losing answers, refusing writes, hiding what is there,
+counting bytes or requests."""
 
 from __future__ import annotations
 
@@ -170,6 +170,28 @@ class CutsAnswers(Relay):
                 self.cut -= 1
                 break
         client.shutdown(socket.SHUT_RDWR)
+
+
+class EmptyListings(Relay):
+    """While it is `empty` every listing of a bucket is answered with nothing in it; all else goes through."""
+
+    def __init__(self, upstream: str) -> None:
+        self.empty = False
+        self.listings = 0
+        super().__init__(upstream)
+
+    def _serve(self, client: socket.socket, server: socket.socket) -> None:
+        threading.Thread(target=_copy, args=(server, client), daemon=True).start()
+        while request := client.recv(2**16):
+            if self.empty and request.startswith(b"GET ") and b"list-type=2" in request.split(b"\r\n")[0]:
+                self.listings += 1
+                body = b"<ListBucketResult><KeyCount>0</KeyCount></ListBucketResult>"
+                head = (
+                    f"HTTP/1.1 200 OK\r\nContent-Type: application/xml\r\nContent-Length: {len(body)}\r\n\r\n"
+                )
+                client.sendall(head.encode() + body)
+            else:
+                server.sendall(request)
 
 
 class Counts(Relay):

@@ -29,13 +29,15 @@ from arvideo_dist.storage import Storage
 from arvideo_dist.train import zero_state
 from arvideo_dist.train.audit import Audit, applied_places
 from arvideo_dist.train.bad_steps import ROLLBACKS_TAG, BadSteps
-from arvideo_dist.train.checkpoint import FOLDER, Checkpoint, complete_checkpoints
+from arvideo_dist.train.checkpoint import Checkpoint
 from arvideo_dist.train.deferred import DeferredWrites
 from arvideo_dist.train.engine import Engine
 from arvideo_dist.train.launch import derive_checked, run_folder
 from arvideo_dist.train.lease import Guard, acquire
 from arvideo_dist.train.loop import Task, train
 from arvideo_dist.train.outbox import QueuedTracker
+from arvideo_dist.train.retention import FOLDER, complete_checkpoints, weights_step
+from arvideo_dist.train.seen import CHECKPOINT_TAG
 from arvideo_dist.train.stop import Interruption, RunStoppedError
 from arvideo_dist.train.watch import Watch
 from tests.conftest import ROOT
@@ -159,7 +161,9 @@ class Case:
     suppressed: tuple[int, ...] = ()
     crash_at: int | None = None  # the forward pass of this place fails once, and the run is started again
     audit_waits: bool = False  # the storage takes nothing of the audit but while a save is written
-    leave_after: int | None = None  # this step the run is told to leave, and then started again
+    leave_after: tuple[
+        int, ...
+    ] = ()  # at each of these steps the run is told to leave, and then started again
     keep_last: int = 9
     options: tuple[tuple[str, Any], ...] = ()
 
@@ -184,7 +188,7 @@ CASES = [
     Case("stop", _nan_at(6, 7, 8), options=(("on_bad_steps", "stop"),)),
     Case("two-in-a-row", _nan_at(2, 3), options=(("max_bad_steps", 2),)),
     Case("again", _nan_at(6, 7, 8, 9, 10), keep_last=1, options=(("max_bad_steps", 2),)),
-    Case("told-to-leave", _nan_at(6, 7, 8), leave_after=7),
+    Case("told-to-leave", _nan_at(6, 7, 8), leave_after=(6, 7), keep_last=1),
 ]
 
 
@@ -247,7 +251,7 @@ def _train_case(case: Case, task: Task) -> list[str]:
             with contextlib.redirect_stdout(said), _crashing(crashes):
                 try:
                     with _queue(task) as tracker:
-                        watch = _Watch(task.lease, control, None if outputs else case.leave_after)
+                        watch = _Watch(task.lease, control, case.leave_after[len(outputs) :][:1])
                         ended = train(task, torch.device("cpu"), control, watch, tracker) is None
                 except RunStoppedError as error:
                     print(f"RunStoppedError: {error}")
@@ -270,9 +274,9 @@ def _queue(task: Task) -> contextlib.AbstractContextManager[QueuedTracker | None
 
 
 class _Watch(Watch):
-    """Tells all ranks to leave after optimiser step `leave_after`."""
+    """Tells all ranks to leave after optimiser steps `leave_after`."""
 
-    def __init__(self, guard: Guard, control: dist.ProcessGroup, leave_after: int | None) -> None:
+    def __init__(self, guard: Guard, control: dist.ProcessGroup, leave_after: tuple[int, ...]) -> None:
         super().__init__(guard, control, lambda: None)
         self._leave_after = leave_after
 
@@ -280,7 +284,7 @@ class _Watch(Watch):
         return True
 
     def look(self, step: int) -> Interruption | None:
-        return Interruption("told to", step) if step == self._leave_after else None
+        return Interruption("told to", step) if step in self._leave_after else None
 
 
 class _Crash(Exception):  # noqa: N818
@@ -458,17 +462,26 @@ def test_weights_older_than_those_gone_back_to_stay_until_there_are_newer_ones(
     """One checkpoint is kept, but that of step 7 holds the weights of step 4."""
     run = Storage(str(folder / "runs/again"))
     assert complete_checkpoints(run) == ["step-00000004", "step-00000007"]
+    assert weights_step(Checkpoint(run, "step-00000007").state, 7) == 4
 
 
-def test_a_checkpoint_made_between_bad_steps_is_not_gone_back_to(
+def test_a_checkpoint_made_between_bad_steps_is_not_gone_back_to_and_displaces_none_that_is(
     printed: dict[str, list[str]], folder: Path
 ) -> None:
+    """One checkpoint is kept, and the run is told to leave twice amid bad steps."""
     run = Storage(str(folder / "runs/told-to-leave"))
-    assert Checkpoint(run, "step-00000007").state["bad_steps"]["in_a_row"] == 2
-    first, second = printed["told-to-leave"]
+    first, second, third = printed["told-to-leave"]
     assert "continues from" not in first
-    assert f"continues from {run.uri}/checkpoints/step-00000007, step 7" in second
-    assert f"the weights are those of {run.uri}/checkpoints/step-00000004 again" in second
+    assert f"continues from {run.uri}/checkpoints/step-00000006, step 6" in second
+    assert f"continues from {run.uri}/checkpoints/step-00000007, step 7" in third
+    assert f"the weights are those of {run.uri}/checkpoints/step-00000004 again" in third
+    assert complete_checkpoints(run) == ["step-00000010"]
+
+
+def test_mlflow_has_the_newest_checkpoints_step(printed: dict[str, list[str]], folder: Path) -> None:
+    for case in ("single", "told-to-leave"):
+        client, run_id = _client(folder, case)
+        assert client.get_run(run_id).data.tags[CHECKPOINT_TAG] == "10"
 
 
 def test_a_rollback_is_said_and_tagged_also_where_the_run_was_started_again(
@@ -517,7 +530,7 @@ def test_a_fourth_way_back_to_the_same_weights_is_refused(tmp_path: Path) -> Non
     bad_steps = BadSteps(run, notes, TrainConfig(), lambda places: [], None, None)
     bad_steps.restore({"steps": [], "in_a_row": 3, "rollbacks": chain})
     with pytest.raises(RunStoppedError, match="gone back 3 times without a checkpoint of newer weights"):
-        bad_steps.go_back(530, engine=None)
+        bad_steps.go_back(530, engine=None, seen=0)
     chain[-1]["to_step"] = 515  # a checkpoint in between, as the schedule makes them
     assert bad_steps._rollbacks_to_same_weights() == 1
 

@@ -21,8 +21,9 @@ from arvideo_dist.train.changes import (
     data_digests,
     refuse_changes,
 )
-from arvideo_dist.train.checkpoint import FOLDER, MANIFEST, STATE, CheckpointManifest, checkpoint_name
+from arvideo_dist.train.checkpoint import CheckpointManifest
 from arvideo_dist.train.launch import check_resume
+from arvideo_dist.train.retention import FOLDER, MANIFEST, STATE, checkpoint_name
 from tests.data.conftest import FRAMES, write_dataset
 
 

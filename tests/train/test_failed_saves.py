@@ -99,6 +99,7 @@ def _find(folder: str, disk: str | None, s3: S3) -> dict[str, Any]:
         "often": _fail_often(f"{folder}/often", engine, OSError(errno.ENOSPC, "No space left on device")),
         "away": _fail_often(f"{folder}/away", engine, OSError("AWS Error NETWORK_CONNECTION")),
         "last": _fail_at_the_end(f"{folder}/last", engine),
+        "over": _save_over_a_damaged_one(f"{folder}/over", engine),
         "alone": _fail_and_finish_without_another_try(f"{folder}/alone", engine),
         "lost": _lose_the_lease(f"{folder}/lost", engine),
         "retention": _fail_to_delete(f"{folder}/retention", engine),
@@ -222,6 +223,36 @@ def _fail_at_the_end(folder: str, engine: Engine) -> list[str]:
 
 def test_the_last_save_is_tried_again_until_it_is_whole(found: list[dict[str, Any]]) -> None:
     assert [rank["last"] for rank in found] == [["step-00000005"]] * 2
+
+
+def _save_over_a_damaged_one(folder: str, engine: Engine) -> dict[str, Any]:
+    """A run went back past the damaged checkpoint of step 5 and is there again; its first try fails."""
+    run, step = FailingStorage(folder), f"{FOLDER}/step-00000005"
+    saver = _saver(run, engine, Reported())
+    saver.request(5, state_at(5))
+    saver.finish()
+    before = run.names(step)
+    parts = [name for name in before if name.startswith("part-")]
+    dist.barrier()
+    if dist.get_rank() == 0:
+        run.write_bytes(f"{step}/{parts[0]}", b"damaged")
+    dist.barrier()
+    run.fails = 1
+    with _pauses(0.01):
+        saver.request(5, state_at(5))
+        _ended(saver)
+        failed = complete_checkpoints(run), run.names(step) == before
+        dist.barrier()
+        saver.finish(lambda: saver.request(5, state_at(5)))
+    Checkpoint(run, "step-00000005").verify()
+    after = run.names(step)
+    left = sorted(set(after) & set(parts))
+    return {"shown": failed[0], "as it was": failed[1], "left": left, "files": len(after)}
+
+
+def test_a_step_that_was_seen_is_seen_also_while_a_save_of_it_fails(found: list[dict[str, Any]]) -> None:
+    for rank in found:
+        assert rank["over"] == {"shown": ["step-00000005"], "as it was": True, "left": [], "files": 4}
 
 
 def _fail_and_finish_without_another_try(folder: str, engine: Engine) -> str:

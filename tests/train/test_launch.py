@@ -16,8 +16,8 @@ from arvideo_dist.data.index import manifest_name
 from arvideo_dist.derived import derive
 from arvideo_dist.storage import Storage
 from arvideo_dist.train import launch
-from arvideo_dist.train.checkpoint import FOLDER, MANIFEST
 from arvideo_dist.train.lease import acquire
+from arvideo_dist.train.retention import FOLDER, MANIFEST
 from arvideo_dist.train.stop import CrashLoopError
 
 
@@ -71,7 +71,7 @@ def test_lost_workers_are_forgiven_as_long_as_the_run_advances_between_them(
         acquire(run, lease_s=600) as lease,
         pytest.raises(CrashLoopError, match="2 times since checkpoint step-00000400"),
     ):
-        launch._fit(config, derive(config, samples=None), "uri", "id", lease)
+        launch._fit(config, derive(config, samples=None), "sqlite:///nowhere.db", "id", lease)
     assert next(steps) == 500
     said = capsys.readouterr().out
     assert said.count("workers were lost: rank 1: RuntimeError: lost\nrestart 1 of 1") == 4
@@ -95,5 +95,5 @@ def test_workers_that_lost_all_gpu_nodes_wait_for_gpus_and_do_not_go_on_on_cpus(
 
     monkeypatch.setattr(ray.train.torch, "TorchTrainer", LosesItsNode)
     with acquire(launch.run_folder(config), lease_s=600) as lease, pytest.raises(CrashLoopError):
-        launch._fit(config, derive(config, samples=None), "uri", "id", lease)
+        launch._fit(config, derive(config, samples=None), "sqlite:///nowhere.db", "id", lease)
     assert asked == [(True, "nccl")] * 2

@@ -58,3 +58,12 @@ def test_the_rank_that_died_is_named_before_those_that_lost_their_neighbour() ->
     outer.__cause__ = root
     error = ray.train.WorkerGroupError("lost", worker_failures={0: lost, 3: outer})
     assert cause_of(error) == "rank 3 (and 1 more ranks): ValueError: a shard is gone"
+
+
+def test_a_store_that_shows_fewer_checkpoints_is_no_progress() -> None:
+    restarts = Restarts(2, "/runs/x")
+    restarts.lost("gone", "step-00000024")
+    line, _ = restarts.lost("gone", None)
+    assert "restart 2 of 2 since checkpoint step-00000024" in line
+    with pytest.raises(CrashLoopError, match="3 times since checkpoint step-00000024"):
+        restarts.lost("gone", "step-00000016")

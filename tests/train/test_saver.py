@@ -7,7 +7,7 @@ import random
 import shutil
 import tempfile
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -24,15 +24,9 @@ from arvideo_dist.storage import Storage
 from arvideo_dist.train import saver as saver_module
 from arvideo_dist.train.activity import activity
 from arvideo_dist.train.agreement import agree
-from arvideo_dist.train.checkpoint import (
-    FOLDER,
-    MANIFEST,
-    Checkpoint,
-    checkpoint_name,
-    complete_checkpoints,
-    retain,
-)
+from arvideo_dist.train.checkpoint import Checkpoint
 from arvideo_dist.train.engine import Engine
+from arvideo_dist.train.retention import FOLDER, complete_checkpoints
 from tests.services.s3 import S3
 from tests.train.distributed import make_saver, run_ranks, save_checkpoint
 from tests.train.keyed import micro_batch, new_engine, new_model, state_at, train_steps
@@ -263,67 +257,3 @@ def test_a_training_step_draws_from_no_global_generator(found: list[dict[str, An
     """So a checkpoint holds no random state: seed and position are all there is to it."""
     for rank in found:
         assert rank["random"] == [True, True, True]
-
-
-@pytest.fixture
-def make_checkpoints(tmp_path: Path) -> Callable[..., Storage]:
-    """A run's folder with complete checkpoints of `steps` and leftovers without a manifest of `killed`."""
-
-    def make(steps: list[int], killed: list[int]) -> Storage:
-        run = Storage(str(tmp_path))
-        for step in [*steps, *killed]:
-            folder = f"{FOLDER}/{checkpoint_name(step)}"
-            run.write_bytes(f"{folder}/part", b"x")
-            if step in steps:
-                run.write_bytes(f"{folder}/{MANIFEST}", b"{}")
-        return run
-
-    return make
-
-
-@pytest.mark.parametrize(
-    ("keep_last", "keep_every", "kept"),
-    [(2, None, [40, 50]), (1, None, [50]), (1, 20, [20, 40, 50]), (9, None, [10, 20, 30, 40, 50])],
-)
-def test_the_newest_and_the_multiples_of_keep_every_are_kept(
-    make_checkpoints: Callable[..., Storage], keep_last: int, keep_every: int | None, kept: list[int]
-) -> None:
-    run = make_checkpoints([10, 20, 30, 40, 50], killed=[35])
-    retain(run, "step-00000050", keep_last, keep_every)
-    assert run.names(FOLDER) == [checkpoint_name(step) for step in kept]
-
-
-@pytest.mark.parametrize(
-    ("steps", "kept"),
-    [([15, 20, 25, 40, 55], [20, 40, 55]), ([15, 23, 25, 47, 55, 61], [23, 47, 61])],
-    ids=["all as due", "those due at 20, 40 and 60 failed"],
-)
-def test_in_place_of_a_checkpoint_for_good_that_failed_the_next_one_is_kept(
-    make_checkpoints: Callable[..., Storage], steps: list[int], kept: list[int]
-) -> None:
-    run = make_checkpoints([], killed=[])
-    for newest in steps:  # as the run makes them, one after another
-        run.write_bytes(f"{FOLDER}/{checkpoint_name(newest)}/{MANIFEST}", b"{}")
-        retain(run, checkpoint_name(newest), keep_last=1, keep_every=20)
-    assert run.names(FOLDER) == [checkpoint_name(step) for step in kept]
-
-
-def test_what_a_run_that_fell_back_finds_ahead_of_it_goes_and_what_it_wrote_stays(
-    make_checkpoints: Callable[..., Storage],
-) -> None:
-    """Else a damaged checkpoint of a later step would count as the newest to be kept."""
-    run = make_checkpoints([10, 20, 30], killed=[40])
-    retain(run, "step-00000020", keep_last=1, keep_every=None)
-    assert run.names(FOLDER) == ["step-00000020"]
-
-
-def test_what_the_run_did_not_make_is_neither_deleted_nor_taken_for_a_checkpoint(
-    make_checkpoints: Callable[..., Storage],
-) -> None:
-    run = make_checkpoints([10, 20], killed=[15])
-    foreign = [".snapshot", "step-00000010-copy", "step-10", "step-000000010", "tmp"]
-    for name in foreign:
-        run.write_bytes(f"{FOLDER}/{name}/{MANIFEST}", b"{}")
-    retain(run, "step-00000020", keep_last=1, keep_every=20)
-    assert run.names(FOLDER) == sorted([*foreign, "step-00000020"])
-    assert complete_checkpoints(run) == ["step-00000020"]

@@ -18,10 +18,10 @@ from arvideo_dist.data import index
 from arvideo_dist.derived import derive
 from arvideo_dist.pretrain import main
 from arvideo_dist.storage import Storage
-from arvideo_dist.train import launch
-from arvideo_dist.train.checkpoint import FOLDER, MANIFEST
+from arvideo_dist.train import launch, seen
 from arvideo_dist.train.lease import Lease, LeaseLostError, acquire
 from arvideo_dist.train.preemption import wait_to_restart
+from arvideo_dist.train.retention import FOLDER, MANIFEST
 from arvideo_dist.train.stop import RunInterruptedError
 from tests.services.relays import CutOff
 from tests.services.s3 import S3
@@ -104,7 +104,7 @@ class Outage:
 
     def wait(self, lease: Lease, seconds: float) -> None:
         wait_to_restart(lease, 0.01)
-        if seconds == launch._STORE_PAUSE_S:
+        if seconds == seen.PAUSE_S:
             self.pauses += 1
             if self.pauses == self.looks:
                 self.back(lease)
@@ -114,7 +114,7 @@ class Outage:
 
 
 def _fit(config: RunConfig, lease: Lease) -> None:
-    launch._fit(config, derive(config, samples=None), "uri", "id", lease)
+    launch._fit(config, derive(config, samples=None), "sqlite:///nowhere.db", "id", lease)
 
 
 def test_a_store_that_is_away_as_workers_are_lost_costs_one_restart_however_long_it_is_away(
