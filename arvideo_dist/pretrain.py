@@ -24,6 +24,8 @@ from arvideo_dist.train.launch import (
     with_absolute_paths,
 )
 from arvideo_dist.train.lease import LeaseLostError, acquire
+from arvideo_dist.train.nodes import check_own_ray
+from arvideo_dist.train.preemption import Signals
 from arvideo_dist.train.stop import CrashLoopError, RunInterruptedError, RunStoppedError
 
 
@@ -39,13 +41,15 @@ def main(argv: list[str] | None = None) -> None:
             derived = derive(config, None) if config.data.path is None else derive_checked(config)
             print(json.dumps(asdict(derived)))
             return
-        config = with_absolute_paths(config)
-        check_driver(config)
-        derived = derive_checked(config)
-        with acquire(run_folder(config), config.run.lease_s) as lease:
-            check_resume(config)
-            _print_start(config, derived)
-            finished = launch(config, derived, lease)
+        with Signals() as signals:
+            config = with_absolute_paths(config)
+            check_own_ray(config)
+            check_driver(config)
+            derived = derive_checked(config)
+            with acquire(run_folder(config), config.run.lease_s) as lease:
+                check_resume(config)
+                _print_start(config, derived)
+                finished = launch(config, derived, lease, signals)
     except ValueError as error:
         exit_with(error, 2)
     except RunStoppedError as error:

@@ -33,6 +33,7 @@ import time
 import uuid
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -94,6 +95,7 @@ class Record(BaseModel):
     beat: int = 0
     released: bool = False
     stop: str | None = None  # why the workers shall save and end
+    widen: str | None = None  # the set of workers that shall save and make way for a wider one
 
 
 class Guard:
@@ -125,10 +127,9 @@ class Guard:
                 f"{_generation(newest[0])}, this one is {self.generation}): nothing more is written here"
             )
 
-    def stop_asked(self) -> str | None:
-        """Why the driver wants its workers to save and end, if it does."""
-        found = _read(self._run, self.name)
-        return None if found is None else found.stop
+    def record(self) -> Record | None:
+        """What the driver has written last, its wishes among it; None where the lease is another's by now."""
+        return _read(self._run, self.name)
 
     def storage(self) -> GuardedStorage:
         """The run's folder, for changes under this generation."""
@@ -153,6 +154,7 @@ class Lease:
         self.guard = guard
         self._record = record
         self.stop_reason: str | None = None  # why the run was asked to stop, if it was
+        self._widen: str | None = None
         self._wake, self._ended = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._keep, name="lease", daemon=True)
 
@@ -177,8 +179,13 @@ class Lease:
                 )
 
     def ask_to_stop(self, reason: str) -> None:
-        """Let the workers save and end at their next step; may be called by a signal handler."""
+        """Let the workers save and end at their next step."""
         self.stop_reason = reason
+        self._wake.set()
+
+    def ask_to_widen(self, workers: str) -> None:
+        """Let the set of workers of this name, and no later one, save and make way for a wider one."""
+        self._widen = workers
         self._wake.set()
 
     def is_held(self) -> bool:
@@ -204,7 +211,8 @@ class Lease:
                 print(f"the lease of {self.guard.run_uri} was not renewed: {error}", file=sys.stderr)
 
     def _write(self, *, released: bool = False) -> None:
-        update = {"beat": self._record.beat + 1, "released": released, "stop": self.stop_reason}
+        update: dict[str, Any] = {"beat": self._record.beat + 1, "released": released}
+        update |= {"stop": self.stop_reason, "widen": self._widen}
         self._record = self._record.model_copy(update=update)
         content = self._record.model_dump_json(indent=1).encode()
         self.guard.storage().write_bytes(f"{FOLDER}/{self.guard.name}", content)

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 from ray.exceptions import RayActorError
+from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
+from ray.train.v2._internal.execution.failure_handling.default import _is_preemption_failure
 
 from arvideo_dist.train.stop import CrashLoopError
 
@@ -55,6 +58,17 @@ class Restarts:
             "checkpoint sets the count back"
         )
         return line, pause
+
+
+def uncounted(error: BaseException) -> str | None:
+    """The line to print where workers start again at once and no restart is counted: none had begun since room was
+    gone again, or their nodes left as announced. `error`: what Ray Train's `fit` raised."""
+    if isinstance(getattr(error, "controller_failure", None), WorkerGroupStartupTimeoutError):
+        return "the room for the workers was gone before they started: the run waits for room again"
+    lost: Any = error  # Ray Train V2's; what a type checker sees is V1's
+    if _is_preemption_failure(lost):
+        return f"workers were lost with nodes that had a preemption notice: {_one_line(_root(error))}"
+    return None
 
 
 def cause_of(error: BaseException) -> str:
