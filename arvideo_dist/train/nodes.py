@@ -71,7 +71,7 @@ def slots(nodes: Sequence[Mapping[str, float]], bundle: Mapping[str, float]) -> 
 def free_places(bundle: Mapping[str, float]) -> dict[str, int]:
     """Nodes, by Ray's id, on which workers can start now, and how many.
 
-    Not on nodes with a preemption notice, and only on such as answer: Ray counts a node that has died for up to 20 s.
+    Not on nodes with a preemption notice, and only on those that answer: Ray counts a dead one for up to 20 s.
     """
     import ray
     from ray._private.state import available_resources_per_node, state
