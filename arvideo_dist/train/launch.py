@@ -9,6 +9,7 @@ import logging
 import math
 import os
 import socket
+import threading
 import time
 import warnings
 from dataclasses import asdict, dataclass
@@ -36,6 +37,7 @@ from arvideo_dist.train.stop import RESULT, Interruption, RunInterruptedError, R
 # How long lost workers' successors wait for the stores of run and data, and between two looks at it.
 _STORE_AWAY_S = 3600.0
 _STORE_PAUSE_S = 5.0
+_LEAVING = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -133,8 +135,6 @@ def launch(config: RunConfig, derived: Derived, lease: Lease, signals: Signals) 
     LeaseLostError where another driver took the run, CrashLoopError where workers are lost again and again,
     ValueError where the cluster can never hold them.
     """
-    import ray
-
     from arvideo_dist import tracking  # MLflow and Ray take seconds to import: only after all checks
 
     run = lease.guard.storage()
@@ -150,7 +150,7 @@ def launch(config: RunConfig, derived: Derived, lease: Lease, signals: Signals) 
         status = "KILLED"
         raise
     finally:
-        ray.shutdown()  # which also ends the workers that did not save in time
+        _leave_ray()  # which also ends the workers that did not save in time
         _close(config, run_id, status, lease)
     return Finished(
         metrics=result,
@@ -180,7 +180,7 @@ def _close(config: RunConfig, run_id: str, status: str, lease: Lease) -> None:
 
 
 def _fit(config: RunConfig, derived: Derived, uri: str, run_id: str, lease: Lease) -> None:
-    """One set of workers after another until the run has ended; connects to Ray, which it leaves connected.
+    """One set of workers after another until the run has ended.
 
     Ray Train restarts none of them. What is lost starts again here, since only a checkpoint tells progress from a
     crash loop: over weeks any number of machines may be lost.
@@ -236,6 +236,16 @@ def _fit(config: RunConfig, derived: Derived, uri: str, run_id: str, lease: Leas
         with contextlib.suppress(OSError):
             lease.guard.check()  # workers without their lease fail in many ways; this names the one reason
         raise
+    finally:
+        # Here and not in the main thread alone: a Ray that was started here dies with the thread that started it.
+        _leave_ray()
+
+
+def _leave_ray() -> None:
+    import ray
+
+    with _LEAVING:  # where a run is given up, both threads come here
+        ray.shutdown()
 
 
 def _newest(run: Storage) -> str | None:
