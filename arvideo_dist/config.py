@@ -74,7 +74,7 @@ class RunConfigSection(Section):
     preemption_grace_s: float = Field(
         120.0,
         gt=0,
-        description="seconds that the workers have after SIGTERM to the driver to end their step and save; then "
+        description="seconds that the workers have after SIGTERM or Ctrl-C to end their step and save; then "
         "the driver ends without a new checkpoint",
     )
     audit: bool = Field(
@@ -386,7 +386,8 @@ class ClusterConfig(Section):
     resize_interval_s: float = Field(
         60.0,
         gt=0,
-        description="with workers [min,max]: seconds between looks whether the cluster has room for more",
+        description="with workers [min,max]: seconds for which nodes must have had room for more workers before "
+        "those that run save and make way for a wider set",
     )
     device: Literal["auto", "cpu", "cuda"] = Field(
         "auto", description="auto: cuda where the cluster has GPUs when the command starts"

@@ -29,6 +29,8 @@ from arvideo_dist.train.launch import (
     with_absolute_paths,
 )
 from arvideo_dist.train.lease import LeaseLostError, acquire
+from arvideo_dist.train.nodes import check_own_ray
+from arvideo_dist.train.preemption import Signals
 from arvideo_dist.train.retention import newest_step
 from arvideo_dist.train.schedule import plan_of
 from arvideo_dist.train.stop import CrashLoopError, RunInterruptedError, RunStoppedError
@@ -46,18 +48,20 @@ def main(argv: list[str] | None = None) -> None:
             derived = derive(config, None) if config.data.path is None else derive_checked(config)
             print(json.dumps(asdict(derived)))
             return
-        config = with_absolute_paths(config)
-        finished = already_finished(config)
-        if finished is None:
-            check_driver(config)
-            seen = wait_for_checkpoints(config)
-            check_initial_weights(config)
-            derived = derive_checked(config)
-            check_run(config, derived)
-            with acquire(run_folder(config), config.run.lease_s, newest_step) as lease:
-                lease.saw(seen)
-                _print_start(config, derived, check_resume(config))
-                finished = launch(config, derived, lease)
+        with Signals() as signals:
+            config = with_absolute_paths(config)
+            finished = already_finished(config)
+            if finished is None:
+                check_own_ray(config)
+                check_driver(config)
+                seen = wait_for_checkpoints(config)
+                check_initial_weights(config)
+                derived = derive_checked(config)
+                check_run(config, derived)
+                with acquire(run_folder(config), config.run.lease_s, newest_step) as lease:
+                    lease.saw(seen)
+                    _print_start(config, derived, check_resume(config))
+                    finished = launch(config, derived, lease, signals)
     except ValueError as error:
         exit_with(error, 2)
     except RunStoppedError as error:

@@ -37,6 +37,7 @@ from arvideo_dist.checks.stores import (
 from arvideo_dist.config import RunConfig
 from arvideo_dist.derived import Derived
 from arvideo_dist.storage import Storage
+from arvideo_dist.train.nodes import slots, worker_resources
 
 _STORAGE_BYTES = 8 * 2**20
 _PLACED_WITHIN_S = 60.0  # workers that fit
@@ -152,7 +153,7 @@ def check_workers(
 
     `tracking_uri`: None where it is not known. `wait_s`: seconds for which an autoscaler may add nodes.
     """
-    bundle = {"CPU": float(config.cluster.cpus_per_worker), **({"GPU": 1.0} if use_gpu else {})}
+    bundle = worker_resources(config, use_gpu)
     fitting = slots([node["Resources"] for node in ray.nodes() if node["Alive"]], bundle)
     enough = fitting >= config.cluster.min_workers
     if not enough and not wait_s and not fitting:
@@ -200,11 +201,6 @@ def check_workers(
         return findings
     finally:
         remove_placement_group(group)  # ends the actors
-
-
-def slots(nodes: Sequence[dict[str, float]], bundle: dict[str, float]) -> int:
-    """How many times `bundle` fits into nodes of these resources."""
-    return sum(min(int(node.get(kind, 0) // amount) for kind, amount in bundle.items()) for node in nodes)
 
 
 def _alone(team: Team, config: RunConfig, needs: Needs, tracking_uri: str | None) -> list[Finding]:

@@ -6,7 +6,6 @@ import os
 import socket
 import sys
 import threading
-import uuid
 from types import TracebackType
 from typing import Any
 
@@ -21,32 +20,20 @@ from arvideo_dist.train.monitor import Beat, Order, seconds_between_beats
 
 _WRITE_S = 20.0  # for the stacks: the store itself may be what hangs
 _EXIT_CODE = 70  # EX_SOFTWARE
-_NAME = "arvideo/set of workers"
-
-
-def name_of_this_set() -> str:
-    """Collective, over the default group's store. A name that all ranks of this set of workers share.
-
-    No other set has it. The address where the ranks meet would not do: over weeks a node gives its ports out again.
-    """
-    store = dist.distributed_c10d._get_default_store()
-    if dist.get_rank() == 0:
-        store.set(_NAME, uuid.uuid4().hex)
-    name: str = store.get(_NAME).decode()
-    return name
 
 
 class Heartbeat:
     """Tells the monitor of this rank until the `with` block ends; ends the process where the monitor says so."""
 
-    def __init__(self, monitor: Any, run: Storage, hung_s: float) -> None:
-        """Collective. `monitor`: handle of the actor. `run`: where the stacks of a hang are written."""
+    def __init__(self, monitor: Any, run: Storage, hung_s: float, workers: str) -> None:
+        """`monitor`: handle of the actor. `run`: where the stacks of a hang are written. `workers`: the name of
+        this set of workers, which no other set has. (Ports are given out again, so an address would not do.)"""
         import ray
 
         self._monitor, self._run = monitor, run
         me = psutil.Process()
         self._who: dict[str, Any] = {
-            "group": name_of_this_set(),
+            "group": workers,
             "rank": dist.get_rank(),
             "world_size": dist.get_world_size(),
             "node": ray.get_runtime_context().get_node_id(),

@@ -6,9 +6,11 @@ import contextlib
 import datetime
 import functools
 import json
+import logging
 import math
 import os
 import socket
+import threading
 import time
 import warnings
 from dataclasses import asdict, dataclass
@@ -29,7 +31,8 @@ from arvideo_dist.train.engine import resolve_precision
 from arvideo_dist.train.heartbeat import Heartbeat
 from arvideo_dist.train.lease import Lease
 from arvideo_dist.train.monitor import HangWatch
-from arvideo_dist.train.preemption import stop_on_sigterm, wait_to_restart, wait_until_gone
+from arvideo_dist.train.nodes import Room, cluster_address, worker_resources
+from arvideo_dist.train.preemption import POLL_S, Background, Signals, stop_if_asked, wait_to_restart
 from arvideo_dist.train.retention import FOLDER, checkpoint_name, complete_checkpoints, newest_step
 from arvideo_dist.train.stop import (
     RESULT,
@@ -39,6 +42,8 @@ from arvideo_dist.train.stop import (
     Stopped,
     StoreAwayError,
 )
+
+_LEAVING = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -147,11 +152,12 @@ def wait_for_checkpoints(config: RunConfig) -> int:
     return seen.wait_until_seen_again(run_folder(config), seen_by_mlflow)
 
 
-def launch(config: RunConfig, derived: Derived, lease: Lease) -> Finished:
+def launch(config: RunConfig, derived: Derived, lease: Lease, signals: Signals) -> Finished:
     """Run the training on Ray under `lease` and return when it has ended.
 
-    Raises RunStoppedError where the run stopped itself, RunInterruptedError where SIGTERM asked it to end,
-    LeaseLostError where another driver took the run, CrashLoopError where workers are lost again and again.
+    Raises RunStoppedError where the run stopped itself, RunInterruptedError where a signal asked it to end,
+    LeaseLostError where another driver took the run, CrashLoopError where workers are lost again and again,
+    ValueError where the cluster can never hold them.
     """
     from arvideo_dist import tracking  # MLflow and Ray take seconds to import: only after all checks
 
@@ -160,7 +166,8 @@ def launch(config: RunConfig, derived: Derived, lease: Lease) -> Finished:
     run_id = tracking.open_run(config, asdict(derived), run)
     status = "FAILED"
     try:
-        _fit(config, derived, tracking.tracking_uri(config), run_id, lease)
+        uri, grace_s = tracking.tracking_uri(config), config.run.preemption_grace_s
+        signals.watch_over(lambda: _fit(config, derived, uri, run_id, lease), lease, grace_s)
         patiently(lease.guard.check)  # else the result below may be another driver's
         result = json.loads(patiently(lambda: run.read_bytes(RESULT)))
         status = "FINISHED"
@@ -168,6 +175,7 @@ def launch(config: RunConfig, derived: Derived, lease: Lease) -> Finished:
         status = "KILLED"
         raise
     finally:
+        _leave_ray()  # which also ends the workers that did not save in time
         _close(config, run_id, status, lease)
     return Finished(
         metrics=result,
@@ -199,13 +207,13 @@ def _close(config: RunConfig, run_id: str, status: str, lease: Lease) -> None:
 def _fit(config: RunConfig, derived: Derived, uri: str, run_id: str, lease: Lease) -> None:
     """One set of workers after another until the run has ended.
 
-    Ray Train restarts workers only where nodes come or leave with a notice. What is lost otherwise starts again
-    here, since only a checkpoint tells progress from a crash loop: over weeks any number of machines may be lost.
+    Ray Train restarts none of them. What is lost starts again here, since only a checkpoint tells progress from a
+    crash loop: over weeks any number of machines may be lost.
     """
     import ray.train
 
     from arvideo_dist.tracking import tracker_of
-    from arvideo_dist.train.restarts import Restarts, cause_of
+    from arvideo_dist.train.restarts import Restarts, cause_of, uncounted
 
     api: Any = ray.train
     run = run_folder(config)
@@ -215,16 +223,29 @@ def _fit(config: RunConfig, derived: Derived, uri: str, run_id: str, lease: Leas
         # Once: where all GPU nodes are away for a while, the next workers wait for them and do not go on on CPUs.
         use_gpu = use_gpu_of(config, ray.cluster_resources())
         with (
-            stop_on_sigterm(lease, config.run.preemption_grace_s),
+            Room(config, use_gpu, lease.guard.name) as room,
             HangWatch(config.run.hung_s, lease.guard, lambda *tag: tracker_of(run).tag(*tag)) as hangs,
         ):
+            payload = {
+                "config": config.model_dump(mode="json"),
+                "derived": asdict(derived),
+                "tracking_uri": uri,
+                "mlflow_run_id": run_id,
+                "lease": lease.guard,
+                "monitor": hangs.monitor,
+            }
             while True:
                 _hear_of_checkpoints(uri, run_id, lease)
                 _newest_once_stores_answer(config, lease)
-                hangs.new_workers()
+                number = room.wait(lambda: stop_if_asked(lease))
+                payload["workers"], payload["seen"] = hangs.new_workers(), lease.saw(0)
                 try:
-                    interruption = _fit_once(config, derived, uri, run_id, lease, hangs.monitor, use_gpu)
+                    interruption = _fit_once(config, payload, lease, hangs, room, number, use_gpu)
                 except (api.TrainingFailedError, ray.exceptions.RayActorError) as error:
+                    stop_if_asked(lease)
+                    if (line := uncounted(error)) is not None:
+                        print(line, flush=True)
+                        continue
                     cause = hangs.reason() or cause_of(error)
                     line, pause = restarts.lost(cause, _newest_once_stores_answer(config, lease))
                     print(line, flush=True)
@@ -237,17 +258,24 @@ def _fit(config: RunConfig, derived: Derived, uri: str, run_id: str, lease: Leas
                 if interruption is None:
                     return
                 print(f"interrupted after step {interruption.step}: {interruption.reason}", flush=True)
-                if not interruption.leaving_nodes:
+                if not interruption.goes_on:
                     raise RunInterruptedError(
                         f"{interruption.reason}: the run is saved up to step {interruption.step}; the same "
                         "command continues it"
                     )
-                wait_until_gone(interruption)
     except Exception:
         with contextlib.suppress(OSError):
             lease.guard.check()  # workers without their lease fail in many ways; this names the one reason
         raise
     finally:
+        # Here and not in the main thread alone: a Ray that was started here dies with the thread that started it.
+        _leave_ray()
+
+
+def _leave_ray() -> None:
+    import ray
+
+    with _LEAVING:  # where a run is given up, both threads come here
         ray.shutdown()
 
 
@@ -288,32 +316,26 @@ def _newest_once_stores_answer(config: RunConfig, lease: Lease) -> str | None:
 
 
 def _fit_once(
-    config: RunConfig, derived: Derived, uri: str, run_id: str, lease: Lease, monitor: Any, use_gpu: bool
+    config: RunConfig,
+    payload: dict[str, Any],
+    lease: Lease,
+    hangs: HangWatch,
+    room: Room,
+    number: int,
+    use_gpu: bool,
 ) -> Interruption | None:
+    """One set of `number` workers, from its start to its end."""
     import ray.train
     from ray.train.torch import TorchConfig, TorchTrainer
 
     api: Any = ray.train  # Ray Train V2; what a type checker sees there is V1
-    _say_if_too_small(config, ray.cluster_resources(), use_gpu)
     trainer: Any = TorchTrainer(
         _worker,  # type: ignore[arg-type]
-        train_loop_config={
-            "config": config.model_dump(mode="json"),
-            "derived": asdict(derived),
-            "tracking_uri": uri,
-            "mlflow_run_id": run_id,
-            "lease": lease.guard,
-            "seen": lease.saw(0),
-            "monitor": monitor,
-        },
+        train_loop_config=payload,
         scaling_config=api.ScalingConfig(
-            num_workers=config.cluster.workers,
-            elastic_resize_monitor_interval_s=config.cluster.resize_interval_s,
+            num_workers=number,
             use_gpu=use_gpu,
-            resources_per_worker={
-                "CPU": config.cluster.cpus_per_worker,
-                **({"GPU": 1} if use_gpu else {}),
-            },
+            resources_per_worker=worker_resources(config, use_gpu),
         ),
         torch_config=TorchConfig(
             backend="nccl" if use_gpu else "gloo", timeout_s=_collective_timeout_s(config)
@@ -322,11 +344,24 @@ def _fit_once(
             # Ray's own bookkeeping; what a restart continues from are the run's checkpoints alone.
             name=datetime.datetime.now(datetime.UTC).strftime("attempt-%Y%m%dT%H%M%S"),
             storage_path=run_folder(config).child("ray").address,
-            # Of lost workers `_fit` decides; nodes lost after a preemption notice are not counted (Ray's default).
-            failure_config=api.FailureConfig(max_failures=0),
+            # Of lost workers, also of such as never came up, `_fit` decides.
+            failure_config=api.FailureConfig(
+                max_failures=0, max_preemption_failures=0, controller_failure_limit=0
+            ),
         ),
     )
-    result = trainer.fit().return_value
+    fitting = Background(trainer.fit, "Ray Train")
+    widening = room.widening(number)
+    while not fitting.done.wait(POLL_S):
+        if lease.stop_reason and not hangs.have_begun():
+            stop_if_asked(lease)  # there is nothing to save, and until they begin they would hear nothing
+        if (wider := widening.due(time.monotonic())) is not None:
+            print(
+                f"the cluster has room for {wider} workers: the {number} that run save and make way",
+                flush=True,
+            )
+            lease.ask_to_widen(payload["workers"])
+    result = fitting.result().return_value
     if isinstance(result, Stopped):
         raise result.error()
     return result
@@ -343,15 +378,16 @@ def connect(config: RunConfig) -> None:
 
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")  # else each worker line shows twice
-    # How long Ray Train waits for room for its workers before it looks again how many there is room for. A node
-    # that has just been lost is counted for up to 20 s, so with a range a long wait would be wasted.
-    fixed = config.cluster.min_workers == config.cluster.max_workers
-    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "300" if fixed else "30")
+    # Room was there when the driver looked (`Room.wait`); where it is gone again, the driver looks again.
+    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "30")
+    # It would set a handler of its own for SIGTERM, and says that it cannot do so outside the main thread.
+    logging.getLogger("ray._private.worker").addFilter(
+        lambda record: not str(record.msg).startswith("SIGTERM handler is not set")
+    )
     # The second line of defence behind the run's own monitor: a worker that does not answer, and Ray's collectives.
     os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = str(_collective_timeout_s(config))
     os.environ["RAY_TRAIN_COLLECTIVE_TIMEOUT_S"] = str(_collective_timeout_s(config))
-    address = config.cluster.address or ("auto" if _inside_ray_job() else os.environ.get("RAY_ADDRESS"))
-    if address is not None:
+    if (address := cluster_address(config)) is not None:
         here = {} if address == "auto" else {"env_vars": {"RAY_ADDRESS": address}}
         ray.init(address=address, runtime_env=here)
         return
@@ -382,19 +418,6 @@ def use_gpu_of(config: RunConfig, resources: dict[str, float]) -> bool:
     return resources.get("GPU", 0) > 0
 
 
-def _say_if_too_small(config: RunConfig, resources: dict[str, float], use_gpu: bool) -> None:
-    """Ray waits for nodes without a word; an autoscaler may be about to add them, so it is no error."""
-    wanted = {"GPU": config.cluster.min_workers} if use_gpu else {}
-    wanted["CPU"] = config.cluster.min_workers * config.cluster.cpus_per_worker
-    for kind, number in wanted.items():
-        if resources.get(kind, 0) < number:
-            print(
-                f"the cluster has {resources.get(kind, 0):g} {kind}s now, the run wants {number}: it waits until "
-                "nodes join; where no autoscaler adds them, lower cluster.workers or cluster.cpus_per_worker",
-                flush=True,
-            )
-
-
 def _worker(payload: dict[str, Any]) -> Interruption | Stopped | None:
     """Runs in every Ray Train worker, with the process group up; the driver gets what rank 0 returns."""
     import torch.distributed as dist
@@ -402,7 +425,7 @@ def _worker(payload: dict[str, Any]) -> Interruption | Stopped | None:
     config, guard = RunConfig.model_validate(payload["config"]), payload["lease"]
     if dist.get_rank() == 0:
         print(f"{dist.get_world_size()} workers have started", flush=True)
-    with Heartbeat(payload["monitor"], guard.storage(), config.run.hung_s):
+    with Heartbeat(payload["monitor"], guard.storage(), config.run.hung_s, payload["workers"]):
         try:
             return _train(config, payload)
         except RunStoppedError as error:  # returning is what keeps the driver from a restart
@@ -434,7 +457,7 @@ def _train(config: RunConfig, payload: dict[str, Any]) -> Interruption | None:
         lease=payload["lease"],
         seen=payload["seen"],
     )
-    watch = Watch(task.lease, control, ray_notice)
+    watch = Watch(task.lease, control, ray_notice, payload["workers"])
     activity.together("looks for the run's checkpoints")
     seen.look_from_all_ranks(task.lease, task.seen, control)
     activity.together("checks its machine")

@@ -35,6 +35,7 @@ import uuid
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -98,6 +99,7 @@ class Record(BaseModel):
     newest_step: int = 0  # of which a checkpoint was seen in the run's folder
     released: bool = False
     stop: str | None = None  # why the workers shall save and end
+    widen: str | None = None  # the set of workers that shall save and make way for a wider one
 
 
 class Guard:
@@ -137,10 +139,9 @@ class Guard:
             "store is taken to be away, and nothing is written. Is it mounted?"
         )
 
-    def stop_asked(self) -> str | None:
-        """Why the driver wants its workers to save and end, if it does."""
-        found = _read(self._run, self.name)
-        return None if found is None else found.stop
+    def record(self) -> Record | None:
+        """What the driver has written last, its wishes among it; None where the lease is another's by now."""
+        return _read(self._run, self.name)
 
     def storage(self) -> GuardedStorage:
         """The run's folder, for changes under this generation."""
@@ -168,6 +169,7 @@ class Lease:
         self._record, self._newest_step_of = record, newest_step
         self._seen, self._seeing = record.newest_step, threading.Lock()
         self.stop_reason: str | None = None  # why the run was asked to stop, if it was
+        self._widen: str | None = None
         self._wake, self._ended = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._keep, name="lease", daemon=True)
 
@@ -192,7 +194,7 @@ class Lease:
                 )
 
     def ask_to_stop(self, reason: str) -> None:
-        """Let the workers save and end at their next step; may be called by a signal handler."""
+        """Let the workers save and end at their next step."""
         self.stop_reason = reason
         self._wake.set()
 
@@ -201,6 +203,11 @@ class Lease:
         with self._seeing:
             self._seen = max(self._seen, step)
             return self._seen
+
+    def ask_to_widen(self, workers: str) -> None:
+        """Let the set of workers of this name, and no later one, save and make way for a wider one."""
+        self._widen = workers
+        self._wake.set()
 
     def is_held(self) -> bool:
         """Whether no other driver has the run. OSError where its storage does not tell for the lease time."""
@@ -233,8 +240,8 @@ class Lease:
     def _write(self, *, released: bool = False) -> None:
         with contextlib.suppress(OSError):  # a store that fails for a moment costs no heartbeat
             self.saw(self._newest_step_of(Storage(self.guard.run_address)))
-        update = {"beat": self._record.beat + 1, "released": released, "stop": self.stop_reason}
-        update["newest_step"] = self.saw(0)
+        update: dict[str, Any] = {"beat": self._record.beat + 1, "released": released}
+        update |= {"stop": self.stop_reason, "widen": self._widen, "newest_step": self.saw(0)}
         self._record = self._record.model_copy(update=update)
         content = self._record.model_dump_json(indent=1).encode()
         self.guard.storage().write_bytes(f"{FOLDER}/{self.guard.name}", content)

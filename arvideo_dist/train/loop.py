@@ -234,7 +234,9 @@ def train(
         micro_batches = next(batches)
         meter.waited(time.perf_counter() - began)
         activity.together("agrees on the step with the other ranks")
-        facts = agree(micro_batches, control, save_due=saver.due_by_time(), look=watch.due())
+        facts = agree(
+            micro_batches, control, save_due=saver.due_by_time(), look=watch.due(saves_fail=saver.failing)
+        )
         try:
             if facts.look and (interruption := watch.look(step)) is not None:
                 break

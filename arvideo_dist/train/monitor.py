@@ -19,6 +19,7 @@ import datetime
 import signal
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from types import TracebackType
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 FOLDER = "hangs"
 TAG = "arvideo.last_hang"
 _NAMED_RANKS = 8  # in a line for a person; the file has all
+_ANSWER_S = 2.0  # for the actor, which does nothing that takes time
 _AUTOPSY_S = 60.0  # for a task on the node of a rank that is mute; where the node is gone it never runs
 
 
@@ -189,6 +191,10 @@ class Monitor:
         self._group.heard[beat.rank] = beat, now
         return self._group.order
 
+    async def has_heard(self, group: str) -> bool:
+        """Whether a rank of this set of workers has said anything."""
+        return group in self._past or (self._group is not None and self._group.name == group)
+
     async def next_hang(self) -> Hang:
         """Wait until the run hangs; from then on every rank of it is told to end."""
         every = seconds_between_beats(self._hung_s)
@@ -238,6 +244,7 @@ class HangWatch:
 
         self._guard, self._note = guard, note
         self._set = 0  # number of the set of workers that the driver has started last
+        self._name = ""  # what its ranks call it
         self._reason: tuple[int, str] | None = None  # why a set was ended
         self._ended = threading.Event()
         actor: Any = ray.remote(num_cpus=0, max_restarts=-1, scheduling_strategy=_on(_this_node()))(Monitor)
@@ -254,13 +261,28 @@ class HangWatch:
         import ray
 
         self._ended.set()
-        with contextlib.suppress(Exception):  # Ray may be what was lost
-            ray.kill(self.monitor)  # which ends the thread's waiting
+        if ray.is_initialized():  # else the call would start Ray
+            with contextlib.suppress(Exception):  # Ray may be what was lost
+                ray.kill(self.monitor)  # which ends the thread's waiting
         self._thread.join(5)
 
-    def new_workers(self) -> None:
-        """The driver starts another set: what is found out of an older one is no reason for the end of this one."""
+    def new_workers(self) -> str:
+        """The driver starts another set, of the name that is returned.
+
+        What is found out of an older one is no reason for the end of this one.
+        """
         self._set += 1  # while `_end_mute` may still wait for a node of the older one that is unreachable
+        self._name = uuid.uuid4().hex
+        return self._name
+
+    def have_begun(self) -> bool:
+        """Whether the workers of the newest set run; True where nobody knows."""
+        import ray
+
+        try:
+            return bool(ray.get(self.monitor.has_heard.remote(self._name), timeout=_ANSWER_S))
+        except Exception:
+            return True
 
     def reason(self) -> str | None:
         """Why the workers were ended, if that was a hang."""

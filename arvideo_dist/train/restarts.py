@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 from ray.exceptions import RayActorError
+from ray.train.v2._internal.exceptions import WorkerGroupStartupFailedError, WorkerGroupStartupTimeoutError
+from ray.train.v2._internal.execution.failure_handling.default import _is_preemption_failure
 
 from arvideo_dist.train.stop import CrashLoopError
 
@@ -17,6 +20,8 @@ _MAX_LINE = 400
 _COLLATERAL = re.compile(
     r"closed by peer|reset by peer|broken pipe|connection refused|NCCL|gloo|timed out|Timeout", re.IGNORECASE
 )
+# Ray's words for a worker that was ended since another one had failed.
+_ENDED = re.compile(r"ray\.kill|owner|intended", re.IGNORECASE)
 
 
 class Restarts:
@@ -59,6 +64,17 @@ class Restarts:
         return line, pause
 
 
+def uncounted(error: BaseException) -> str | None:
+    """The line to print where workers start again at once and no restart is counted: none had begun since room was
+    gone again, or their nodes left as announced. `error`: what Ray Train's `fit` raised."""
+    if isinstance(getattr(error, "controller_failure", None), WorkerGroupStartupTimeoutError):
+        return "the room for the workers was gone before they started: the run waits for room again"
+    lost: Any = error  # Ray Train V2's; what a type checker sees is V1's
+    if _is_preemption_failure(lost):
+        return f"workers were lost with nodes that had a preemption notice: {_one_line(_root(error))}"
+    return None
+
+
 def cause_of(error: BaseException) -> str:
     """One line for why the workers were lost: the rank and its error, of several ranks the likely origin.
 
@@ -67,7 +83,10 @@ def cause_of(error: BaseException) -> str:
     failures: dict[int, BaseException] = getattr(error, "worker_failures", {})
     if not failures:
         inner = getattr(error, "controller_failure", error)
-        return _one_line(f"Ray Train could not run the workers: {_root(inner)}")
+        told = f"the workers did not start: {_root(inner)}"
+        if isinstance(inner, WorkerGroupStartupFailedError) and (death := _death_of_a_worker()):
+            told = f"the workers did not start: {death}"
+        return _one_line(told)
     lines = {rank: _root(failure) for rank, failure in failures.items()}
     # A death before an exception, an exception before those that follow from a neighbour's end.
     rank = min(
@@ -75,6 +94,22 @@ def cause_of(error: BaseException) -> str:
     )
     more = f" (and {len(lines) - 1} more ranks)" if len(lines) > 1 else ""
     return _one_line(f"rank {rank}{more}: {lines[rank]}")
+
+
+def _death_of_a_worker() -> str | None:
+    """How the training worker that died last died by itself; Ray Train's error of a failed start does not tell."""
+    import ray
+    from ray._private.state import state
+
+    if not ray.is_initialized():
+        return None
+    dead = state.actor_table(None, ray.get_runtime_context().job_id, "DEAD").values()
+    for actor in sorted(dead, key=lambda actor: -actor["EndTime"]):
+        cause = actor["DeathCause"].actor_died_error_context
+        if actor["ActorClassName"] == "RayTrainWorker" and not _ENDED.search(cause.error_message):
+            where = f"ip: {actor['Address']['IPAddress']}, pid: {actor['Pid']}"
+            return f"a worker's process ended ({where}): {' '.join(cause.error_message.split())}"
+    return None
 
 
 def _died(failure: BaseException) -> bool:

@@ -177,6 +177,11 @@ class Saver:
             activity.alone("waits for the copy of the state that is being saved")
             self._snapshot.hold()
 
+    @property
+    def failing(self) -> bool:
+        """Whether the last save that has ended failed."""
+        return self._failures > 0
+
     def finish(self, again: Callable[[], None] | None = None) -> None:
         """Wait for the save in flight; raises CheckpointError on all ranks where it failed.
 

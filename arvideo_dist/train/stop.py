@@ -64,7 +64,5 @@ class Interruption:
 
     reason: str
     step: int  # optimiser steps done, all of them saved
-    leaving_nodes: tuple[
-        str, ...
-    ] = ()  # Ray's ids of nodes with a preemption notice; empty: the driver asked
-    deadline_ms: int | None = None  # when those nodes go, in UNIX time, where Ray was told
+    # Whether the driver starts other workers: nodes leave, or there is room for more workers.
+    goes_on: bool = False

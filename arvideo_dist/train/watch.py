@@ -1,4 +1,4 @@
-"""Whether a run shall be interrupted: the driver's word, a lost lease, Ray's preemption notice.
+"""Whether a run shall be interrupted: the driver's word, a lost lease, room for more workers, a preemption notice.
 
 Rank 0 alone hears of them: it reads the lease in a thread, and Ray Train sends it the notices. That it has heard
 something rides on a reduction that each step makes anyway; only then do the ranks meet, and hear the same.
@@ -37,16 +37,23 @@ class Watch:
     """One rank's part; every method but `due` is collective."""
 
     def __init__(
-        self, guard: Guard, control: dist.ProcessGroup, notice: Callable[[], PreemptionInfo | None]
+        self,
+        guard: Guard,
+        control: dist.ProcessGroup,
+        notice: Callable[[], PreemptionInfo | None],
+        workers: str = "",
     ) -> None:
-        """Collective. `notice`: asked on rank 0 alone, at every step (`ray_notice`).
+        """Collective. `notice`: asked on rank 0 alone, at every step (`ray_notice`). `workers`: the name of this
+        set, by which the driver may ask it to make way for a wider one.
 
         Raises RunStoppedError on all ranks where another driver has taken the run.
         """
-        self._guard, self._control, self._notice = guard, control, notice
+        self._guard, self._control, self._notice, self._workers = guard, control, notice, workers
         self._lost: str | None = None
         self._failing = False  # the newest look at the lease
         self._stop: str | None = None
+        self._widen = self._may_widen = False
+        self._steps_begun = 0
         self._leads = dist.get_rank() == 0
         if self._leads:
             self._read_lease()
@@ -54,10 +61,18 @@ class Watch:
         if self._leads:
             threading.Thread(target=self._keep_reading, name="lease watch", daemon=True).start()
 
-    def due(self) -> bool:
-        """Whether this rank wants all ranks to `look` at this step."""
+    def due(self, *, saves_fail: bool = False) -> bool:
+        """Whether this rank wants all ranks to `look` at this step; to be asked before each step.
+
+        `saves_fail`: the last save failed. The workers make way for more only once they have done a step, so that
+        the run advances however often nodes come and go, and not while their save may not succeed.
+        """
         if not self._leads:
             return False
+        self._may_widen = self._steps_begun > 0 and not saves_fail
+        self._steps_begun += 1
+        if self._widen and self._may_widen:
+            return True
         return self._lost is not None or self._stop is not None or self._notice() is not None
 
     def look(self, step: int) -> Interruption | None:
@@ -65,24 +80,31 @@ class Watch:
 
         Raises RunStoppedError on all ranks where another driver has taken the run.
         """
-        stop, notice = self._hear()
+        stop, notice, widen = self._hear()
         if stop is not None:
             return Interruption(stop, step)
         if notice is not None:
-            nodes = tuple(sorted(notice.preempted_node_to_ranks))
             ranks = sorted(rank for ranks in notice.preempted_node_to_ranks.values() for rank in ranks)
             reason = f"preemption notice for the nodes of ranks {', '.join(map(str, ranks))}"
-            return Interruption(reason, step, nodes, notice.deadline_ms)
+            return Interruption(reason, step, goes_on=True)
+        if widen:
+            return Interruption("the cluster has room for more workers", step, goes_on=True)
         return None
 
-    def _hear(self) -> tuple[str | None, PreemptionInfo | None]:
-        """What rank 0 knows of a wish to stop and of nodes that leave."""
-        heard: list[Any] = [(self._lost, self._stop, self._notice()) if self._leads else None]
+    def _hear(self) -> tuple[str | None, PreemptionInfo | None, bool]:
+        """What rank 0 knows of a wish to stop, of nodes that leave, and of room for more workers."""
+        mine = (
+            self._lost,
+            self._stop,
+            self._notice() if self._leads else None,
+            self._widen and self._may_widen,
+        )
+        heard: list[Any] = [mine if self._leads else None]
         dist.broadcast_object_list(heard, src=0, group=self._control)
-        lost, stop, notice = heard[0]
+        lost, stop, notice, widen = heard[0]
         if lost is not None:
             raise RunStoppedError(lost)
-        return stop, notice
+        return stop, notice, widen
 
     def _keep_reading(self) -> None:
         while self._lost is None:
@@ -92,7 +114,8 @@ class Watch:
     def _read_lease(self) -> None:
         try:
             self._guard.check()
-            self._stop = self._guard.stop_asked()
+            if (record := self._guard.record()) is not None:
+                self._stop, self._widen = record.stop, record.widen == self._workers
         except LeaseLostError as error:
             self._lost = str(error)
         except OSError as error:

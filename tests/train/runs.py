@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
+import pty
 import re
 import signal
 import subprocess
 import sys
+import termios
 from pathlib import Path
 from typing import Any
 
@@ -57,14 +60,24 @@ def write_config(file: Path, **sections: dict[str, Any]) -> Path:
 class PretrainProcess:
     """`python -m arvideo_dist.pretrain ...` with its output read line by line."""
 
-    def __init__(self, arguments: list[str]) -> None:
+    def __init__(self, arguments: list[str], *, at_terminal: bool = False) -> None:
+        """`at_terminal`: in the foreground of a terminal of its own, at which `ctrl_c` is pressed."""
         self.lines: list[str] = []
+        terminal: dict[str, Any] = {}
+        if at_terminal:
+            self._keyboard, here = pty.openpty()
+            terminal = {
+                "stdin": here,
+                "start_new_session": True,
+                "preexec_fn": lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+            }
         self._process = subprocess.Popen(
             [sys.executable, "-m", "arvideo_dist.pretrain", *arguments],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
             env={**os.environ, "PYTHONUNBUFFERED": "1"},
+            **terminal,
         )
 
     def read_until(self, pattern: str) -> str:
@@ -83,6 +96,10 @@ class PretrainProcess:
     def send(self, number: signal.Signals) -> None:
         """A signal to the driver alone; its workers are other processes."""
         self._process.send_signal(number)
+
+    def ctrl_c(self) -> None:
+        """What the terminal makes of it: SIGINT to the driver and all that it started in its process group."""
+        os.write(self._keyboard, b"\x03")
 
     def worker(self, rank: int) -> psutil.Process:
         """The training worker of `rank`: Ray names no rank, but what a worker has started inherits it."""
@@ -119,3 +136,17 @@ def history(
     assert len(runs) == 1, f"one MLflow run of name {run_name}"
     points = client.get_metric_history(runs[0].info.run_id, metric)
     return sorted((point.step, point.value) for point in points)
+
+
+def demand() -> list[dict[str, float]]:
+    """What an autoscaler (version 2) of the cluster that this process is connected to is told to make room for."""
+    from ray.autoscaler.v2.sdk import get_cluster_resource_state
+    from ray.experimental.internal_kv import internal_kv_get_gcs_client
+
+    told = get_cluster_resource_state(internal_kv_get_gcs_client()).cluster_resource_constraints
+    return [
+        dict(request.request.resources_bundle)
+        for constraint in told
+        for request in constraint.resource_requests
+        for _ in range(request.count)
+    ]

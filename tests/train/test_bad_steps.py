@@ -280,7 +280,7 @@ class _Watch(Watch):
         super().__init__(guard, control, lambda: None)
         self._leave_after = leave_after
 
-    def due(self) -> bool:
+    def due(self, *, saves_fail: bool = False) -> bool:
         return True
 
     def look(self, step: int) -> Interruption | None:

@@ -68,8 +68,8 @@ class _Rank:
     def pid(self) -> int:
         return os.getpid()
 
-    def wait(self, monitor: Any, guard: Guard, *, stopped: bool) -> None:
-        with Heartbeat(monitor, guard.storage(), hung_s=10.0) as heart:
+    def wait(self, monitor: Any, guard: Guard, workers: str, *, stopped: bool) -> None:
+        with Heartbeat(monitor, guard.storage(), hung_s=10.0, workers=workers) as heart:
             activity.together("optimiser step")
             heart._tell(left=False)  # the monitor has heard it when this returns
             if stopped:
@@ -90,9 +90,10 @@ def test_a_stopped_process_is_found_looked_at_and_ended_with_the_ranks_that_wait
         acquire(Storage(str(tmp_path / "run")), lease_s=600) as lease,
         HangWatch(10.0, lease.guard, lambda *tag: noted.put(tag)) as hangs,
     ):
-        hangs.new_workers()
+        workers = hangs.new_workers()
+        assert not hangs.have_begun()
         waiting = [
-            rank.wait.remote(hangs.monitor, lease.guard, stopped=number == 1)
+            rank.wait.remote(hangs.monitor, lease.guard, workers, stopped=number == 1)
             for number, rank in enumerate(ranks)
         ]
         for ended in waiting:
@@ -100,6 +101,7 @@ def test_a_stopped_process_is_found_looked_at_and_ended_with_the_ranks_that_wait
                 ray.get(ended)
         tag, reason = noted.get()
         assert hangs.reason() == reason
+        assert hangs.have_begun()
     assert not psutil.wait_procs(processes, timeout=60)[1]
     assert tag == TAG
     assert re.search(rf"rank 1 \(pid {pids[1]} on \S+\) has sent no heartbeat for \d+ s", reason)

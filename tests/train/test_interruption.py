@@ -46,14 +46,18 @@ def _state(run: Path) -> dict[str, tuple[int, int]]:
 
 
 @pytest.mark.slow
-def test_sigterm_saves_at_a_step_and_the_restart_continues_bit_equal(folder: Path) -> None:
+def test_ctrl_c_saves_at_a_step_and_the_restart_continues_bit_equal(folder: Path) -> None:
+    """At a terminal, where all processes of the command get the signal (of SIGTERM see `tests/faults`)."""
     steps = 80
     whole = PretrainProcess(_arguments(folder, "uninterrupted", steps))
     assert whole.finish() == 0, whole.output
 
-    first = PretrainProcess(_arguments(folder, "told-to-leave", steps))
+    first = PretrainProcess(_arguments(folder, "told-to-leave", steps), at_terminal=True)
     first.read_until(r"step 3/80")
-    first.send(signal.SIGTERM)
+    first.ctrl_c()
+    first.read_until(
+        r"Ctrl-C: the workers save at their next step, within \d+ s; a second signal ends the run at once"
+    )
     assert first.finish() == os.EX_TEMPFAIL == 75, first.output
     found = re.search(r"saved up to step (\d+); the same command continues it", first.output)
     assert found is not None, first.output
@@ -109,8 +113,17 @@ def test_second_driver_is_refused_or_takes_over_and_a_suspended_first_one_writes
     killed.read_until(r"step \d+/4000")
     killed.send(signal.SIGKILL)
     killed.finish()
-    last = PretrainProcess(arguments)  # the killed one's process is known to be gone: no waiting
-    last.read_until(r"continues from")
-    last.send(signal.SIGTERM)
+    # The killed one's process is known to be gone: no waiting.
+    last = PretrainProcess([*arguments, "--run.preemption_grace_s", "3600"], at_terminal=True)
+    last.read_until(r"step \d+/4000")
+    last.ctrl_c()
+    last.read_until(r"Ctrl-C: the workers save at their next step")
+    last.ctrl_c()
     assert last.finish() == 75, last.output
     assert "held by" not in last.output
+    assert "a second signal: ended at once, without a save; the same command continues" in last.output
+    record = json.loads((run / "run.json").read_text())
+    client = MlflowClient(tracking_uri=record["tracking_uri"])
+    assert client.get_run(record["mlflow_run_id"]).info.status == "KILLED"
+    (lease,) = (run / "lease").iterdir()
+    assert json.loads(lease.read_text())["released"]

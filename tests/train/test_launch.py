@@ -15,7 +15,7 @@ from arvideo_dist.config import RunConfig
 from arvideo_dist.data.index import manifest_name
 from arvideo_dist.derived import derive
 from arvideo_dist.storage import Storage
-from arvideo_dist.train import launch
+from arvideo_dist.train import launch, nodes
 from arvideo_dist.train.lease import acquire
 from arvideo_dist.train.retention import FOLDER, MANIFEST
 from arvideo_dist.train.stop import CrashLoopError
@@ -29,8 +29,11 @@ class _NoWatch(contextlib.nullcontext):
     def __init__(self, *_: object) -> None:
         super().__init__(self)
 
-    def new_workers(self) -> None:
-        pass
+    def new_workers(self) -> str:
+        return "workers"
+
+    def have_begun(self) -> bool:
+        return True
 
     def reason(self) -> None:
         return None
@@ -43,6 +46,7 @@ def resources(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
     monkeypatch.setattr(launch, "connect", lambda config: None)
     monkeypatch.setattr(launch, "HangWatch", _NoWatch)
     monkeypatch.setattr(ray, "cluster_resources", lambda: resources)
+    monkeypatch.setattr(nodes, "free_places", lambda bundle: {"node": 16})
     return resources
 
 

@@ -170,9 +170,14 @@ def test_of_drivers_that_start_together_exactly_one_takes_the_run(run: Storage) 
 def test_workers_hear_that_the_driver_wants_them_to_stop(run: Storage) -> None:
     with acquire(run, lease_s=3) as lease:
         workers = Guard(run.address, lease.guard.name)
-        assert workers.stop_asked() is None
+        record = workers.record()
+        assert record is not None
+        assert (record.stop, record.widen) == (None, None)
         lease.ask_to_stop("SIGTERM")
-    assert workers.stop_asked() == "SIGTERM"
+        lease.ask_to_widen("first set")
+    record = workers.record()
+    assert record is not None
+    assert (record.stop, record.widen) == ("SIGTERM", "first set")
 
 
 def test_pause_before_a_restart_ends_when_the_run_is_asked_to_stop(run: Storage) -> None:
