@@ -23,7 +23,7 @@ demo: setup
 	$(BIN)/python -m arvideo_dist.pretrain --config jobs/demo.yaml
 
 test: setup
-	$(BIN)/pytest -m "not slow"
+	$(BIN)/pytest -m "not slow" --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 test-slow: setup
 	$(BIN)/pytest -m slow --timeout 3600

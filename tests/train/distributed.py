@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import multiprocessing.spawn
 import os
 import pickle
-import socket
+import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -18,31 +19,27 @@ from arvideo_dist.config import RunConfigSection
 from arvideo_dist.storage import Storage
 from arvideo_dist.train.engine import Engine
 from arvideo_dist.train.saver import Saver
+from tests import warm
 
 
 def run_ranks(world_size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
     """`function(*args)` on each rank with a gloo process group; the ranks' results, by rank."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(_rank, args=(world_size, port, Path(folder), function, args), nprocs=world_size)
+        multiprocessing.spawn.set_executable(warm.python())
+        try:
+            mp.spawn(_rank, args=(world_size, Path(folder), function, args), nprocs=world_size)
+        finally:
+            multiprocessing.spawn.set_executable(sys.executable)
         return [pickle.loads((Path(folder) / str(rank)).read_bytes()) for rank in range(world_size)]
 
 
 def _rank(
-    rank: int, world_size: int, port: int, results: Path, function: Callable[..., Any], args: tuple[Any, ...]
+    rank: int, world_size: int, results: Path, function: Callable[..., Any], args: tuple[Any, ...]
 ) -> None:
-    os.environ.update(
-        MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(port),
-        RANK=str(rank),
-        WORLD_SIZE=str(world_size),
-        LOCAL_RANK=str(rank),
-        DS_ACCELERATOR="cpu",
-    )
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank), DS_ACCELERATOR="cpu")
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=world_size)
+    # A file, since a port that is free now may be another test's when rank 0 listens.
+    dist.init_process_group("gloo", init_method=f"file://{results}/store", rank=rank, world_size=world_size)
     (results / str(rank)).write_bytes(pickle.dumps(function(*args)))
     dist.barrier()
     dist.destroy_process_group()

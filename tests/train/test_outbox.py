@@ -21,7 +21,7 @@ from arvideo_dist.train import outbox
 from arvideo_dist.train.activity import activity
 from arvideo_dist.train.lease import LeaseLostError
 from arvideo_dist.train.outbox import FOLDER, REFUSED, QueuedTracker, say_unsent
-from tests.services.mlflow_server import MlflowServer, free_port
+from tests.services.mlflow_server import MlflowServer, free_port, new_database
 from tests.services.relays import LosesAnswers
 
 WAIT_S = 60.0
@@ -73,7 +73,7 @@ def run(tmp_path: Path) -> FailingStorage:
 
 @pytest.fixture
 def sqlite(tmp_path: Path) -> str:
-    return f"sqlite:///{tmp_path}/mlflow.db"
+    return new_database(tmp_path / "mlflow.db")
 
 
 def _new_run(uri: str) -> str:
