@@ -29,7 +29,7 @@ test-slow: setup
 	$(BIN)/pytest -m slow --timeout 3600
 
 test-faults: setup
-	$(BIN)/pytest tests/faults --timeout 1800 --faults-json build/faults.json
+	$(BIN)/pytest tests/faults --timeout 1800
 
 check: setup
 	$(BIN)/ruff check .

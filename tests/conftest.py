@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 def pytest_configure(config: pytest.Config) -> None:
     # Tests run beside each other, and so do the ranks in them.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    warm.begin_session()
+    warm.begin_session(cold=bool(config.getoption("--faults-json", None)))
     # Two runs that start at once would both take this port for free; where it is taken, each asks for another.
     with suppress(OSError):
         config.add_cleanup(socket.create_server(("127.0.0.1", 8265)).close)

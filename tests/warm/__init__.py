@@ -11,6 +11,7 @@ does. Where the process's own id matters use `Process`.
 
 from __future__ import annotations
 
+import multiprocessing.spawn
 import os
 import shutil
 import signal
@@ -27,10 +28,14 @@ from filelock import FileLock
 ROOT = Path(__file__).resolve().parents[2]
 # The folder of what all test processes of a session share, and the process whose end is the end of the session.
 FOLDER, OWNER = "ARVIDEO_TESTS_FOLDER", "ARVIDEO_TESTS_OWNER"
+# Set where processes are to start as they do for users, since it is measured how long they take.
+COLD = "ARVIDEO_TESTS_COLD"
 
 
-def begin_session() -> None:
-    """Called in every test process; what it sets is inherited by the others."""
+def begin_session(*, cold: bool = False) -> None:
+    """Called in every test process; what it sets is inherited by the others. `cold`: nothing is warm."""
+    if cold:
+        os.environ[COLD] = "1"
     if FOLDER not in os.environ:
         os.environ[FOLDER] = tempfile.mkdtemp(prefix="arvideo-tests-")
         os.environ[OWNER] = str(os.getpid())
@@ -49,6 +54,8 @@ def shared_folder() -> Path:
 
 def python() -> str:
     """Starts the server where it is not there yet; whoever connects waits for its imports."""
+    if COLD in os.environ:
+        return sys.executable
     folder = shared_folder()
     stub = folder / "python"
     with FileLock(folder / "python.lock"):
@@ -92,6 +99,16 @@ def as_sys_executable() -> Iterator[None]:
         sys.executable = real
 
 
+@contextmanager
+def for_multiprocessing() -> Iterator[None]:
+    """What multiprocessing starts meanwhile by `spawn` is warm, and so is a fork server that it starts."""
+    multiprocessing.spawn.set_executable(python())
+    try:
+        yield
+    finally:
+        multiprocessing.spawn.set_executable(sys.executable)
+
+
 class Process:
     """Like subprocess.Popen of `python() *arguments`, with the id of the process itself."""
 
@@ -105,7 +122,7 @@ class Process:
         )
         os.close(told)
         with open(pid) as file:
-            self.pid = int(file.read())
+            self.pid = self._stub.pid if COLD in os.environ else int(file.read())
 
     @property
     def stdin(self) -> IO[Any]:
