@@ -86,6 +86,17 @@ def test_an_error_is_told_and_ends_it() -> None:
     assert done.stderr.splitlines()[-1] == "ZeroDivisionError: division by zero"
 
 
+def test_files_that_a_caller_hands_down_are_no_files_of_the_libraries() -> None:
+    """A library of Ray's opens its source of random numbers once, at the lowest number that is free then."""
+    ends = os.pipe()
+    many = [os.dup(ends[0]) for _ in range(60)]
+    code = "import os, uuid; import ray; print(ray.ObjectRef.from_random() is not None)"
+    done = subprocess.run([warm.python(), "-c", code], pass_fds=many, capture_output=True, text=True)
+    for fd in (*ends, *many):
+        os.close(fd)
+    assert done.stdout == "True\n", done.stderr
+
+
 def test_each_draws_random_numbers_of_its_own() -> None:
     code = "import random, numpy; print(random.random(), numpy.random.rand())"
     drawn = {subprocess.check_output([warm.python(), "-c", code]) for _ in range(3)}
