@@ -23,13 +23,13 @@ demo: setup
 	$(BIN)/python -m arvideo_dist.pretrain --config jobs/demo.yaml
 
 test: setup
-	$(BIN)/pytest -m "not slow"
+	$(BIN)/pytest -m "not slow" --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 test-slow: setup
 	$(BIN)/pytest -m slow --timeout 3600
 
 test-faults: setup
-	$(BIN)/pytest tests/faults --timeout 1800 --faults-json build/faults.json
+	$(BIN)/pytest tests/faults --timeout 1800
 
 check: setup
 	$(BIN)/ruff check .

@@ -16,6 +16,7 @@ import pytest
 from arvideo_dist.storage import Storage
 from arvideo_dist.train.checkpoint import complete_checkpoints
 from tests.conftest import ROOT
+from tests.services.mlflow_server import new_database
 from tests.train.runs import TINY, history, make_data, write_config
 
 BIN = Path(sys.executable).parent
@@ -33,6 +34,7 @@ def _free_ports(number: int) -> list[str]:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("submit")
     make_data(folder / "data")
+    new_database(folder / "runs/mlflow.db")
     write_config(folder / "tiny.yaml", train={**TINY["train"], "steps": 4}, run={"name": "from-environment"})
     return folder
 

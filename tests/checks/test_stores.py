@@ -27,6 +27,7 @@ from arvideo_dist.config import RunConfig
 from arvideo_dist.data.index import manifest_name
 from arvideo_dist.storage import Storage
 from tests.data.conftest import FRAMES, write_dataset
+from tests.services.mlflow_server import new_database
 from tests.services.s3 import S3
 
 
@@ -207,7 +208,10 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
         [
             *(str(Path(sys.executable).with_name("mlflow")), "server", "--workers=1", "--host=127.0.0.1"),
             *(f"--port={port}", f"--allowed-hosts=mlflow:*,127.0.0.1:{port}"),
-            *(f"--backend-store-uri=sqlite:///{folder}/mlflow.db", f"--artifacts-destination={folder}/files"),
+            *(
+                f"--backend-store-uri={new_database(folder / 'mlflow.db')}",
+                f"--artifacts-destination={folder}/files",
+            ),
         ],
         cwd=folder,
         stdout=subprocess.PIPE,

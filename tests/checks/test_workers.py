@@ -17,6 +17,7 @@ from arvideo_dist.checks.finding import Finding, Level, errors
 from arvideo_dist.checks.workers import check_workers, slots
 from arvideo_dist.config import RunConfig
 from arvideo_dist.derived import derive
+from tests import warm
 from tests.data.conftest import FRAMES, write_dataset
 from tests.train.runs import TINY, write_config
 
@@ -26,7 +27,8 @@ def cluster() -> Iterator[None]:
     """Ray with two CPUs."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
-        ray.init(address="local", num_cpus=2)
+        with warm.as_sys_executable():
+            ray.init(address="local", num_cpus=2)
         yield
         ray.shutdown()
 

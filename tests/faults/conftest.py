@@ -15,7 +15,9 @@ from tests.train.runs import make_data
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
-        "--faults-json", type=Path, help="result file for the table of faults, time lost and result"
+        "--faults-json",
+        type=Path,
+        help="result file for the table of faults, time lost and result; no process is warm then",
     )
 
 

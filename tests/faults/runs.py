@@ -12,6 +12,7 @@ from mlflow.tracking import MlflowClient
 
 from arvideo_dist.storage import Storage
 from arvideo_dist.train.audit import applied_places
+from tests.services.mlflow_server import new_database
 from tests.train.runs import TINY, PretrainProcess, write_config
 
 STEPS = 60
@@ -97,7 +98,7 @@ def write_run(
 ) -> Run:
     """A run of STEPS steps on `data`; `sections` are laid over its configuration."""
     storage = storage or str(folder / "runs")
-    tracking = tracking or f"sqlite:///{folder}/mlflow-{name}.db"
+    tracking = tracking or new_database(folder / f"mlflow-{name}.db")
     base: dict[str, dict[str, Any]] = {
         "run": {
             "name": name,

@@ -8,31 +8,24 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 from ray.cluster_utils import Cluster
 
+from tests import warm
 from tests.faults.runs import FAULT_AT, LAYOUTS, Layout, Run, write_run
 
 EACH_RANK = [(layout, rank) for layout in LAYOUTS for rank in range(layout.workers)]
 # Which rank it is makes no difference to who is blamed (tests/train/test_monitor.py): first and last are here.
 STOPPED_RANKS = [(LAYOUTS[0], 1), (LAYOUTS[1], 0), (LAYOUTS[2], 3)]
-IN_MAKE_TEST = (LAYOUTS[0], 1)
 
 
-def _marked(cases: list[Any], *quick: Any) -> list[Any]:
-    """All but `quick` are slow."""
-    return [
-        pytest.param(case, id=_name(case), marks=() if case in quick else pytest.mark.slow) for case in cases
-    ]
+def _name(case: tuple[Layout, int]) -> str:
+    return f"{case[0]}-rank{case[1]}"
 
 
-def _name(case: Any) -> str:
-    return f"{case[0]}-rank{case[1]}" if isinstance(case, tuple) else str(case)
-
-
-@pytest.mark.parametrize("case", _marked(EACH_RANK, IN_MAKE_TEST))
+@pytest.mark.slow
+@pytest.mark.parametrize("case", EACH_RANK, ids=_name)
 def test_killed_rank(folder: Path, survived: Callable[..., None], case: tuple[Layout, int]) -> None:
     layout, rank = case
     run = write_run(folder, str(folder / "data"), f"killed-rank{rank}-{layout}", layout)
@@ -72,7 +65,8 @@ def test_killed_driver(folder: Path, survived: Callable[..., None], layout: Layo
     survived(run, "SIGKILL of the driver", commands=2)
 
 
-@pytest.mark.parametrize("layout", _marked(LAYOUTS, LAYOUTS[0]))
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_driver_told_to_leave(folder: Path, survived: Callable[..., None], layout: Layout) -> None:
     run = write_run(folder, str(folder / "data"), f"told-to-leave-{layout}", layout)
     command = run.start()
@@ -99,9 +93,10 @@ def clusters(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int], Cluste
             cluster.add_node(num_cpus=1)
         return cluster
 
-    yield make
-    for cluster in made:
-        cluster.shutdown()
+    with warm.as_sys_executable():
+        yield make
+        for cluster in made:
+            cluster.shutdown()
 
 
 def _kill_all(cluster: Cluster) -> None:

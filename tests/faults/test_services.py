@@ -20,13 +20,8 @@ from tests.services.s3 import S3
 MINUTE = 60.0
 
 
-@pytest.mark.parametrize(
-    "layout",
-    [
-        pytest.param(LAYOUTS[0], id=str(LAYOUTS[0])),
-        *(pytest.param(layout, id=str(layout), marks=pytest.mark.slow) for layout in LAYOUTS[1:]),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_full_disk(folder: Path, survived: Callable[..., None], layout: Layout) -> None:
     """Room for the two checkpoints that are kept and the one that is written; then somebody else fills it."""
     name = f"full-disk-{layout}"
@@ -40,7 +35,7 @@ def test_full_disk(folder: Path, survived: Callable[..., None], layout: Layout) 
             pytest.skip(f"this process may not mount a small disk: {error}")
         command = run.start()
         command.read_until(FAULT_AT)
-        filler = _fill(checkpoints)
+        filler = fill(checkpoints)
         assert "No space left" in command.read_until(r"checkpoint.*failed")
         whole = complete_checkpoints(run.folder)
         assert whole, "the checkpoints before it are still there"
@@ -50,7 +45,7 @@ def test_full_disk(folder: Path, survived: Callable[..., None], layout: Layout) 
         survived(run, "disk full during saves")
 
 
-def _fill(folder: Path) -> Path:
+def fill(folder: Path) -> Path:
     """The file that took all room of its disk."""
     filler = folder / "filler"
     with open(filler, "wb", buffering=0) as file, suppress(OSError):
@@ -72,7 +67,7 @@ def test_full_disk_as_workers_start_again(folder: Path, survived: Callable[..., 
             pytest.skip(f"this process may not mount a small disk: {error}")
         command = run.start()
         command.read_until(FAULT_AT)
-        filler = _fill(Path(run.storage) / name)
+        filler = fill(Path(run.storage) / name)
         command.worker(1).kill()
         command.read_until("tried again in .*No space left")
         filler.unlink()

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import pickle
-import socket
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,34 +18,40 @@ from arvideo_dist.config import RunConfigSection
 from arvideo_dist.storage import Storage
 from arvideo_dist.train.engine import Engine
 from arvideo_dist.train.saver import Saver
+from tests import warm
 
 
 def run_ranks(world_size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
     """`function(*args)` on each rank with a gloo process group; the ranks' results, by rank."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(_rank, args=(world_size, port, Path(folder), function, args), nprocs=world_size)
+        with warm.for_multiprocessing():
+            mp.spawn(_rank, args=(world_size, Path(folder), function, args), nprocs=world_size)
         return [pickle.loads((Path(folder) / str(rank)).read_bytes()) for rank in range(world_size)]
 
 
 def _rank(
-    rank: int, world_size: int, port: int, results: Path, function: Callable[..., Any], args: tuple[Any, ...]
+    rank: int, world_size: int, results: Path, function: Callable[..., Any], args: tuple[Any, ...]
 ) -> None:
-    os.environ.update(
-        MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(port),
-        RANK=str(rank),
-        WORLD_SIZE=str(world_size),
-        LOCAL_RANK=str(rank),
-        DS_ACCELERATOR="cpu",
-    )
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank), DS_ACCELERATOR="cpu")
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=world_size)
+    store = _store(rank, world_size, results / "port")
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
     (results / str(rank)).write_bytes(pickle.dumps(function(*args)))
     dist.barrier()
     dist.destroy_process_group()
+
+
+def _store(rank: int, world_size: int, port: Path) -> dist.TCPStore:
+    """Rank 0 takes a port and says which: one that was looked for before may be another test's by now."""
+    if rank == 0:
+        store = dist.TCPStore("127.0.0.1", 0, world_size, is_master=True, wait_for_workers=False)
+        said = port.with_suffix(".new")
+        said.write_text(str(store.port))
+        said.rename(port)
+        return store
+    while not port.exists():
+        time.sleep(0.01)
+    return dist.TCPStore("127.0.0.1", int(port.read_text()), world_size, is_master=False)
 
 
 def make_saver(run: Storage, engine: Engine, **options: Any) -> Saver:

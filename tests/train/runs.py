@@ -6,16 +6,21 @@ import fcntl
 import os
 import pty
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import termios
+import uuid
 from pathlib import Path
 from typing import Any
 
 import psutil
 import yaml
+from filelock import FileLock
 from mlflow.tracking import MlflowClient
+
+from tests import warm
 
 TINY: dict[str, Any] = {
     "data": {"stride": 2, "workers": 1},
@@ -36,12 +41,25 @@ TINY: dict[str, Any] = {
 }
 
 
+# In the environment of a run, of its Ray and of all that its workers start.
+_RUN = "ARVIDEO_TESTS_RUN"
+
+
 def make_data(folder: Path) -> Path:
-    """48 training and 16 validation clips."""
+    """48 training and 16 validation clips, made once in a session; the copy in `folder` may be damaged."""
+    made = warm.shared_folder() / "data"
+    with FileLock(f"{made}.lock"):
+        if not made.exists():
+            _prepare(made.with_suffix(".new")).rename(made)
+    shutil.copytree(made, folder, dirs_exist_ok=True)
+    return folder
+
+
+def _prepare(folder: Path) -> Path:
     for split, number, seed in (("train", 48, 1), ("val", 16, 2)):
         subprocess.run(
             [
-                *(sys.executable, "-m", "data_prep", "synthetic", "--out", str(folder), "--split", split),
+                *(warm.python(), "-m", "data_prep", "synthetic", "--out", str(folder), "--split", split),
                 *("--num-videos", str(number), "--seed", str(seed)),
                 *("--width", "64", "--height", "64", "--frames", "24"),
             ],
@@ -58,31 +76,37 @@ def write_config(file: Path, **sections: dict[str, Any]) -> Path:
 
 
 class PretrainProcess:
-    """`python -m arvideo_dist.pretrain ...` with its output read line by line."""
+    """`python -m arvideo_dist.pretrain ...` with its output read line by line.
+
+    Ray's processes and workers are warm as the command itself is (tests/warm).
+    """
 
     def __init__(self, arguments: list[str], *, at_terminal: bool = False) -> None:
         """`at_terminal`: in the foreground of a terminal of its own, at which `ctrl_c` is pressed."""
         self.lines: list[str] = []
-        terminal: dict[str, Any] = {}
-        if at_terminal:
-            self._keyboard, here = pty.openpty()
-            terminal = {
-                "stdin": here,
-                "start_new_session": True,
-                "preexec_fn": lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
-            }
+        self._name = uuid.uuid4().hex
+        command = ["-m", "arvideo_dist.pretrain", *arguments]
+        options: dict[str, Any] = {
+            "stdout": subprocess.PIPE,
+            "stderr": subprocess.STDOUT,
+            "text": True,
+            "env": {**os.environ, "PYTHONUNBUFFERED": "1", _RUN: self._name},
+        }
+        self._process: subprocess.Popen[str] | warm.Process
+        if not at_terminal:
+            self._process = warm.Process(command, **options)
+            return
+        self._keyboard, here = pty.openpty()
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "arvideo_dist.pretrain", *arguments],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            env={**os.environ, "PYTHONUNBUFFERED": "1"},
-            **terminal,
+            [sys.executable, *command],
+            stdin=here,
+            start_new_session=True,
+            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+            **options,
         )
 
     def read_until(self, pattern: str) -> str:
         """The first further line that matches `pattern`; AssertionError with the output where there is none."""
-        assert self._process.stdout is not None
         for line in self._process.stdout:
             self.lines.append(line)
             if re.search(pattern, line):
@@ -102,27 +126,27 @@ class PretrainProcess:
         os.write(self._keyboard, b"\x03")
 
     def worker(self, rank: int) -> psutil.Process:
-        """The training worker of `rank`: Ray names no rank, but what a worker has started inherits it."""
-        for process in psutil.Process(self.pid).children(recursive=True):
-            if "RayTrainWorker" in " ".join(process.cmdline()) and _rank_of(process) == rank:
+        """The training worker of `rank` of this run's own Ray."""
+        for process in psutil.process_iter(["cmdline"]):
+            if "RayTrainWorker" in " ".join(process.info["cmdline"] or ()) and self._rank_of(process) == rank:
                 return process
         raise AssertionError(f"no worker of rank {rank}:\n{self.output}")
 
+    def _rank_of(self, worker: psutil.Process) -> int | None:
+        """Ray names no rank and no run, but what a worker has started inherits both."""
+        found = [child.environ() for child in worker.children(recursive=True)]
+        ranks = {names.get("RANK") for names in found if names.get(_RUN) == self._name} - {None}
+        assert len(ranks) <= 1
+        return int(ranks.pop() or 0) if ranks else None
+
     def finish(self) -> int:
         """Read to the end; the exit code."""
-        assert self._process.stdout is not None
         self.lines.extend(self._process.stdout)
         return self._process.wait()
 
     @property
     def output(self) -> str:
         return "".join(self.lines)
-
-
-def _rank_of(worker: psutil.Process) -> int | None:
-    ranks = {child.environ().get("RANK") for child in worker.children(recursive=True)} - {None}
-    assert len(ranks) <= 1
-    return int(ranks.pop() or 0) if ranks else None
 
 
 def history(

@@ -19,6 +19,8 @@ from ray.cluster_utils import Cluster
 
 from arvideo_dist.storage import Storage
 from arvideo_dist.train.audit import applied_places
+from tests import warm
+from tests.services.mlflow_server import new_database
 from tests.train.runs import TINY, PretrainProcess, demand, history, make_data, write_config
 
 GLOBAL_BATCH = 16
@@ -35,11 +37,11 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
     monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
     monkeypatch.setenv("RAY_enable_autoscaler_v2", "1")
     monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
-    cluster = Cluster(
-        initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": True, "dashboard_port": 0}
-    )
-    yield cluster
-    cluster.shutdown()
+    head = {"num_cpus": 0, "include_dashboard": True, "dashboard_port": 0}
+    with warm.as_sys_executable():
+        cluster = Cluster(initialize_head=True, head_node_args=head)
+        yield cluster
+        cluster.shutdown()
 
 
 def drain(cluster: Cluster, node: Any) -> None:
@@ -56,6 +58,8 @@ def drain(cluster: Cluster, node: Any) -> None:
 
 @pytest.fixture
 def start(data: Path, tmp_path: Path, cluster: Cluster) -> Callable[..., PretrainProcess]:
+    new_database(tmp_path / "runs/mlflow.db")
+
     def start(name: str, workers: Any, steps: int, every: int) -> PretrainProcess:
         config = write_config(
             tmp_path / f"{name}.yaml",

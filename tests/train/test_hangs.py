@@ -23,6 +23,8 @@ from arvideo_dist.train.activity import activity
 from arvideo_dist.train.heartbeat import Heartbeat
 from arvideo_dist.train.lease import Guard, acquire
 from arvideo_dist.train.monitor import FOLDER, TAG, Beat, Hang, HangWatch
+from tests import warm
+from tests.services.mlflow_server import new_database
 from tests.train.runs import TINY, PretrainProcess, history, make_data, write_config
 
 HUNG_S = 20  # above an idle machine's imports, which are the longest phase here
@@ -32,6 +34,7 @@ HUNG_S = 20  # above an idle machine's imports, which are the longest phase here
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("hangs")
     make_data(folder / "data")
+    new_database(folder / "runs/mlflow.db")
     return folder
 
 
@@ -54,7 +57,8 @@ def _arguments(folder: Path, name: str) -> list[str]:
 def ray_here() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
-        ray.init(address="local", num_cpus=2, include_dashboard=False)
+        with warm.as_sys_executable():
+            ray.init(address="local", num_cpus=2, include_dashboard=False)
         yield
         ray.shutdown()
 

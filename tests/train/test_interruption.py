@@ -13,6 +13,7 @@ from mlflow.tracking import MlflowClient
 
 from arvideo_dist.storage import Storage
 from arvideo_dist.train.checkpoint import complete_checkpoints
+from tests.services.mlflow_server import new_database
 from tests.train.runs import TINY, PretrainProcess, history, make_data, write_config
 
 
@@ -20,6 +21,7 @@ from tests.train.runs import TINY, PretrainProcess, history, make_data, write_co
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("interruption")
     make_data(folder / "data")
+    new_database(folder / "runs/mlflow.db")
     return folder
 
 

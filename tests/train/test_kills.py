@@ -14,6 +14,7 @@ import pytest
 
 from arvideo_dist.storage import Storage
 from arvideo_dist.train.checkpoint import FOLDER, Checkpoint, complete_checkpoints, step_of
+from tests import warm
 from tests.services.s3 import S3
 from tests.train.killed_ranks import MOMENTS, SAVE_EVERY, train_until_killed
 
@@ -44,8 +45,9 @@ class Lives:
             )
             for rank, (_, sender) in enumerate(ends)
         ]
-        for process in ranks:
-            process.start()
+        with warm.for_multiprocessing():
+            for process in ranks:
+                process.start()
         try:
             for _, sender in ends:
                 sender.close()

@@ -21,7 +21,8 @@ from arvideo_dist.train import outbox
 from arvideo_dist.train.activity import activity
 from arvideo_dist.train.lease import LeaseLostError
 from arvideo_dist.train.outbox import FOLDER, REFUSED, QueuedTracker, say_unsent
-from tests.services.mlflow_server import MlflowServer, free_port
+from tests import warm
+from tests.services.mlflow_server import MlflowServer, free_port, new_database
 from tests.services.relays import LosesAnswers
 
 WAIT_S = 60.0
@@ -73,7 +74,7 @@ def run(tmp_path: Path) -> FailingStorage:
 
 @pytest.fixture
 def sqlite(tmp_path: Path) -> str:
-    return f"sqlite:///{tmp_path}/mlflow.db"
+    return new_database(tmp_path / "mlflow.db")
 
 
 def _new_run(uri: str) -> str:
@@ -158,7 +159,8 @@ def test_what_a_killed_process_had_kept_is_sent_by_the_next_before_its_replay(
     run_id = _new_run(server.uri)
     server.hang()
     process = mp.get_context("spawn").Process(target=_log_and_die, args=(server.uri, run_id, run.uri))
-    process.start()
+    with warm.for_multiprocessing():
+        process.start()
     process.join(WAIT_S)
     server.go_on()
     assert process.exitcode == -signal.SIGKILL

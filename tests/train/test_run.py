@@ -18,6 +18,7 @@ from arvideo_dist.model.kinds import build_model
 from arvideo_dist.storage import Storage
 from arvideo_dist.train.checkpoint import Checkpoint, complete_checkpoints
 from arvideo_dist.trained import open_trained
+from tests.services.mlflow_server import new_database
 from tests.train.runs import PretrainProcess, history, make_data, write_config
 
 
@@ -25,6 +26,7 @@ from tests.train.runs import PretrainProcess, history, make_data, write_config
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs")
     make_data(folder / "data")
+    new_database(folder / "runs/mlflow.db")
     return folder
 
 
