@@ -2,15 +2,17 @@
 
 Each case is a `pretrain` run of a few steps with a checkpoint at its end. Measured is the largest proportional set
 size (shared pages divided among who shares them) of each training worker with its decode processes, less what it
-was when the workers started, since the check compares with what is free then. With `--alone CASE` one rank trains in
-this process, without Ray, loader and decode workers, and its largest resident set is compared with the parts but those
-of batches and decode workers.
+was when the workers started, since the check compares with what is free then.
+
+With `--alone CASE` one rank trains in this process, without Ray, loader and decode workers, and its largest resident
+set is compared with the parts but those of batches and decode workers.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import resource
 import subprocess
 import sys
@@ -122,6 +124,7 @@ def alone(name: str) -> dict[str, Any]:
     from arvideo_dist.train.engine import Engine
     from arvideo_dist.train.saver import Saver
 
+    os.environ["LOCAL_RANK"] = "0"  # DeepSpeed wants it
     with tempfile.TemporaryDirectory() as folder:
         dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=0, world_size=1)
         model = build_model(config.model, config.decoder)
