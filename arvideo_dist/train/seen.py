@@ -7,12 +7,9 @@ answer with an empty listing: whoever finds no checkpoint, or only older ones, t
 
 from __future__ import annotations
 
-import signal
 import socket
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from types import FrameType
+from collections.abc import Callable
 from typing import Any
 
 import torch.distributed as dist
@@ -21,7 +18,7 @@ from arvideo_dist.storage import Storage, lasts, patiently
 from arvideo_dist.train.activity import activity
 from arvideo_dist.train.lease import Guard, LeaseLostError, recorded_step
 from arvideo_dist.train.retention import FOLDER, checkpoint_name, newest_step
-from arvideo_dist.train.stop import RunInterruptedError, RunStoppedError, StoreAwayError
+from arvideo_dist.train.stop import RunStoppedError, StoreAwayError
 
 CHECKPOINT_TAG = "arvideo.newest_checkpoint"  # of the MLflow run: the step of its newest checkpoint
 # How long a driver waits for a store that is away, and between two looks at it.
@@ -29,7 +26,6 @@ AWAY_S = 3600.0
 PAUSE_S = 5.0
 # How long workers wait before they leave and the driver waits for them: a blink costs no new workers.
 _WORKERS_PATIENCE_S = 60.0
-_POLL_S = 1.0
 
 
 def not_seen_again(run: Storage, newest: int, seen: int) -> str | None:
@@ -86,56 +82,23 @@ def wait_until_seen_again(run: Storage, seen_by_mlflow: Callable[[], int]) -> in
     """The driver, before it writes anything: wait until `run` shows what the last driver, or MLflow, saw there.
 
     Returns the newest step of which they saw a checkpoint, 0 for none. Raises OSError if the store stays away for
-    `AWAY_S`, RunInterruptedError if SIGTERM or Ctrl-C ends the waiting.
+    `AWAY_S`. A signal ends the wait (`preemption.Signals`).
     """
     seen, said = max(recorded_step(run), seen_by_mlflow()), False
     until = time.monotonic() + AWAY_S
-    with _asked_to_stop() as asked:
-        while True:
-            try:
-                look(run, seen)
-                _end_if(asked)
-                return seen
-            except OSError as error:
-                if lasts(error) or time.monotonic() + PAUSE_S > until:
-                    raise
-                if not said:
-                    print(
-                        f"the run waits for its storage, for up to {AWAY_S / 60:g} minutes: {error}",
-                        flush=True,
-                    )
-                    said = True
-            _pause(PAUSE_S, asked)
-
-
-def _pause(seconds: float, asked: list[str]) -> None:
-    until = time.monotonic() + seconds
-    while (left := until - time.monotonic()) > 0:
-        _end_if(asked)
-        time.sleep(min(left, _POLL_S))
-
-
-def _end_if(asked: list[str]) -> None:
-    if asked:
-        raise RunInterruptedError(
-            f"{asked[0]} while the run looked for its storage; the same command continues once that is there"
-        )
-
-
-@contextmanager
-def _asked_to_stop() -> Iterator[list[str]]:
-    """Names of the signals that asked this process to stop within the block."""
-    asked: list[str] = []
-
-    def note(number: int, frame: FrameType | None) -> None:
-        asked.append(signal.Signals(number).name)
-
-    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield asked
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    while True:
+        try:
+            look(run, seen)
+            return seen
+        except OSError as error:
+            if lasts(error) or time.monotonic() + PAUSE_S > until:
+                raise
+            if not said:
+                print(
+                    f"the run waits for its storage, for up to {AWAY_S / 60:g} minutes: {error}", flush=True
+                )
+                said = True
+        time.sleep(PAUSE_S)
 
 
 class Patience:

@@ -9,8 +9,6 @@ import json
 import os
 import re
 import signal
-import threading
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +30,7 @@ from arvideo_dist.train import checkpoint as checkpoint_module
 from arvideo_dist.train import launch, seen
 from arvideo_dist.train.checkpoint import open_newest_whole
 from arvideo_dist.train.lease import Guard, acquire
+from arvideo_dist.train.preemption import Signals
 from arvideo_dist.train.retention import FOLDER, MANIFEST, STATE, newest_step
 from arvideo_dist.train.seen import CHECKPOINT_TAG, look_from_all_ranks
 from arvideo_dist.train.stop import RunInterruptedError, RunStoppedError, Stopped, StoreAwayError
@@ -159,33 +158,25 @@ def test_a_driver_that_starts_waits_until_the_store_shows_what_mlflow_saw_there(
     store.hide()
     pauses: list[float] = []
 
-    def pause(seconds: float, asked: list[str]) -> None:
+    def pause(seconds: float) -> None:
         assert _files(store) == []
         pauses.append(seconds)
         if len(pauses) == 2:
             store.show()
 
-    monkeypatch.setattr(seen, "_pause", pause)
+    monkeypatch.setattr(seen.time, "sleep", pause)
     seen.wait_until_seen_again(store.run, lambda: 24)
     assert pauses == [seen.PAUSE_S] * 2
     assert capsys.readouterr().out.count("the run waits for its storage, for up to 60 minutes: ") == 1
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(("number", "name"), [(signal.SIGTERM, "SIGTERM"), (signal.SIGINT, "Ctrl-C")])
 def test_waiting_for_the_store_at_the_start_ends_when_the_run_is_asked_to_stop(
-    tmp_path: Path, number: signal.Signals
+    tmp_path: Path, number: signal.Signals, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    before = signal.getsignal(number)
-
-    def seen_by_mlflow() -> int:
-        threading.Timer(0.1, os.kill, [os.getpid(), number]).start()
-        return 24
-
-    began = time.monotonic()
-    with pytest.raises(RunInterruptedError, match=f"{number.name} while the run looked for its storage"):
-        seen.wait_until_seen_again(Storage(str(tmp_path)), seen_by_mlflow)
-    assert time.monotonic() - began < seen.PAUSE_S
-    assert signal.getsignal(number) == before
+    monkeypatch.setattr(seen.time, "sleep", lambda seconds: os.kill(os.getpid(), number))
+    with pytest.raises(RunInterruptedError, match=f"{name} before any worker was started"), Signals():
+        seen.wait_until_seen_again(Storage(str(tmp_path)), lambda: 24)
 
 
 # MLflow knows of the run's checkpoint.
