@@ -44,6 +44,13 @@ _LASTING = {
 }
 _LASTING_WORDS = ("ACCESS_DENIED", "NO_SUCH_BUCKET", "INVALID_ACCESS_KEY_ID", "SIGNATURE_DOES_NOT_MATCH")
 
+_CLIENT_OPTIONS = {
+    # Google's client repeats a request for 15 minutes.
+    "gs": "retry_limit_seconds=30",
+    "gcs": "retry_limit_seconds=30",
+    # Amazon's else publishes a small member by three requests instead of one.
+    "s3": "allow_delayed_open=true",
+}
 
 _USER = re.compile(r"://[^/?@:\s]*(?::[^?\s]*)?@")
 _SECRET_OPTION = re.compile(
@@ -62,7 +69,7 @@ class Storage:
         """
         if "://" in uri:
             try:
-                self.fs, self.root = pafs.FileSystem.from_uri(_with_limits(uri))
+                self.fs, self.root = pafs.FileSystem.from_uri(_with_options(uri))
             except (OSError, ValueError) as error:
                 raise ValueError(f"cannot open storage {shown(uri)!r}: {shown(error)}") from None
             if isinstance(self.fs, pafs.S3FileSystem):
@@ -322,17 +329,12 @@ class PatientStorage(Storage):
         return patiently(action, is_answer=lasts)
 
 
-def _with_limits(uri: str) -> str:
-    """`uri` with what the clients do not do by themselves.
-
-    Google's repeats a request for 15 minutes; it gets a bound. Amazon's opens a multipart upload, three requests,
-    also for what one request can send; it waits with that until a file is large.
-    """
-    if uri.startswith("s3://") and "allow_delayed_open=" not in uri:
-        return f"{uri}{'&' if '?' in uri else '?'}allow_delayed_open=true"
-    if not uri.startswith(("gs://", "gcs://")) or "retry_limit_seconds=" in uri:
+def _with_options(uri: str) -> str:
+    """`uri` with this project's option for its client, where it does not have it."""
+    option = _CLIENT_OPTIONS.get(uri.partition("://")[0])
+    if option is None or f"{option.partition('=')[0]}=" in uri:
         return uri
-    return f"{uri}{'&' if '?' in uri else '?'}retry_limit_seconds=30"
+    return f"{uri}{'&' if '?' in uri else '?'}{option}"
 
 
 def sync(path: Path) -> None:
