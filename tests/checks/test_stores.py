@@ -214,6 +214,8 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
             ),
         ],
         cwd=folder,
+        # Else it starts seven processes for work that nobody gives it.
+        env=os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
