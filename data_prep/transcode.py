@@ -153,11 +153,11 @@ def transcode(
     joins_only = len(damage) <= source.joins and all("corrupt input packet" in line for line in damage)
     if damage and not joins_only:
         raise Rejected(f"damaged: {len(damage)} decoding errors, first: {_message(damage[0])}")
+    _check_changes(log)
     if returncode:
         if "Cannot allocate memory" in log:
             raise Interrupted(f"takes more than {limits.memory / 2**30:.0f} GiB of memory")
         raise Rejected(f"cannot be decoded ({source.codec}): {_first_error(log)}")
-    _check_changes(log)
     if copied and _CHANGE.search(log):  # pictures of several sizes
         settings = settings.model_copy(update={"copy_if_compliant": False})
         return transcode(path, target, settings, limits, prober)
