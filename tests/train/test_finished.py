@@ -18,10 +18,11 @@ from arvideo_dist.storage import Storage
 from arvideo_dist.tracking import close_run, open_run, tracking_uri
 from arvideo_dist.train import finished, outbox
 from arvideo_dist.train.changes import data_digests
-from arvideo_dist.train.checkpoint import FOLDER, MANIFEST, STATE, CheckpointManifest, checkpoint_name
+from arvideo_dist.train.checkpoint import CheckpointManifest
 from arvideo_dist.train.finished import already_finished
 from arvideo_dist.train.launch import check_resume, run_folder
 from arvideo_dist.train.outbox import Points
+from arvideo_dist.train.retention import FOLDER, MANIFEST, STATE, checkpoint_name
 from arvideo_dist.train.stop import RESULT
 from tests.data.conftest import FRAMES, write_dataset
 from tests.train.runs import TINY

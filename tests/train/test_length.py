@@ -128,7 +128,7 @@ class _LeavesAfter(Watch):
         super().__init__(guard, control, lambda: None)
         self._step = step
 
-    def due(self) -> bool:
+    def due(self, *, saves_fail: bool = False) -> bool:
         return True
 
     def look(self, step: int) -> Interruption | None:
