@@ -4,8 +4,8 @@ Each case is a `pretrain` run of a few steps with a checkpoint at its end. Measu
 size (shared pages divided among who shares them) of each training worker with its decode processes, less what it
 was when the workers started, since the check compares with what is free then.
 
-With `--alone CASE` one rank trains in this process, without Ray, loader and decode workers. Its largest resident
-set is compared with the parts but those of batches and decode workers.
+With `--alone CASE` one rank trains in this process, without Ray, loader and decode workers, and its largest
+resident set is compared with the parts but those of batches and decode workers.
 """
 
 from __future__ import annotations
