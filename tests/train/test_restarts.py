@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import ray.train
-from ray.exceptions import ActorDiedError
+from ray.exceptions import ActorDiedError, RayActorError
 from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 
 from arvideo_dist.train.restarts import Restarts, cause_of
@@ -58,3 +58,11 @@ def test_the_rank_that_died_is_named_before_those_that_lost_their_neighbour() ->
     outer.__cause__ = root
     error = ray.train.WorkerGroupError("lost", worker_failures={0: lost, 3: outer})
     assert cause_of(error) == "rank 3 (and 1 more ranks): ValueError: a shard is gone"
+
+
+def test_workers_that_did_not_start_are_told_with_what_ended_them() -> None:
+    died = RayActorError(error_msg="The actor died.\npid: 7\nip: 10.0.0.9\nWorker exit type: SYSTEM_ERROR")
+    told = cause_of(ray.train.ControllerError(died))
+    assert told == (
+        "the workers did not start: its process ended (ip: 10.0.0.9, pid: 7): Worker exit type: SYSTEM_ERROR"
+    )

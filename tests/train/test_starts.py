@@ -26,7 +26,7 @@ def _die() -> None:
 
 
 class _DyingBackend(_TorchBackend):
-    def on_start(self, worker_group: Any, backend_config: TorchConfig) -> None:
+    def on_start(self, worker_group: Any, backend_config: Any) -> None:
         worker_group.execute(_die)
 
 
