@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,8 @@ import pytest
 import ray
 import ray.train
 import ray.train.torch
+from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
+from ray.train.v2.api.preemption import PreemptionInfo
 
 from arvideo_dist.config import RunConfig
 from arvideo_dist.data.index import manifest_name
@@ -18,7 +21,7 @@ from arvideo_dist.storage import Storage
 from arvideo_dist.train import launch, nodes
 from arvideo_dist.train.lease import acquire
 from arvideo_dist.train.retention import FOLDER, MANIFEST
-from arvideo_dist.train.stop import CrashLoopError
+from arvideo_dist.train.stop import CrashLoopError, Interruption, RunInterruptedError
 
 
 class _NoWatch(contextlib.nullcontext):
@@ -101,3 +104,57 @@ def test_workers_that_lost_all_gpu_nodes_wait_for_gpus_and_do_not_go_on_on_cpus(
     with acquire(launch.run_folder(config), lease_s=600) as lease, pytest.raises(CrashLoopError):
         launch._fit(config, derive(config, samples=None), "sqlite:///nowhere.db", "id", lease)
     assert asked == [(True, "nccl")] * 2
+
+
+@pytest.mark.usefixtures("resources")
+def test_sets_that_make_way_lost_their_room_or_left_with_their_nodes_cost_no_restart(
+    sections: dict[str, dict[str, Any]], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sections["run"]["max_restarts"] = 0
+    config = RunConfig.model_validate({**sections, "cluster": {"workers": [1, 8]}})
+    no_room = ray.train.ControllerError(WorkerGroupStartupTimeoutError(3))
+    taken = ray.train.PreemptionError(PreemptionInfo(None, {"b": [1]}), drain_timed_out=True)
+    ends: list[Any] = [Interruption("room", 5, goes_on=True), no_room, taken, None]
+    places, numbers = iter([2, 3, 4, 1]), []
+
+    def fit_once(*arguments: Any) -> Interruption | None:
+        numbers.append(arguments[5])
+        end = ends[len(numbers) - 1]
+        if isinstance(end, BaseException):
+            raise end
+        result: Interruption | None = end
+        return result
+
+    monkeypatch.setattr(launch, "_fit_once", fit_once)
+    monkeypatch.setattr(nodes.Room, "wait", lambda room, stop_if_asked: next(places))
+    with acquire(launch.run_folder(config), lease_s=600) as lease:
+        launch._fit(config, derive(config, samples=None), "sqlite:///nowhere.db", "id", lease)
+    assert numbers == [2, 3, 4, 1]
+    said = capsys.readouterr().out
+    assert "interrupted after step 5: room" in said
+    assert "the room for the workers was gone before they started" in said
+    assert "workers were lost with nodes that had a preemption notice" in said
+    assert "restart" not in said
+
+
+@pytest.mark.usefixtures("resources")
+def test_a_run_whose_workers_have_not_begun_ends_at_once_when_asked(
+    sections: dict[str, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = RunConfig.model_validate({**sections, "cluster": {"workers": 2}})
+
+    class NeverBegins:
+        def __init__(self, *_: Any, **__: Any) -> None:
+            pass
+
+        def fit(self) -> None:
+            lease.ask_to_stop("SIGTERM")
+            threading.Event().wait()
+
+    monkeypatch.setattr(ray.train.torch, "TorchTrainer", NeverBegins)
+    monkeypatch.setattr(_NoWatch, "have_begun", lambda self: False)
+    with (
+        acquire(launch.run_folder(config), lease_s=600) as lease,
+        pytest.raises(RunInterruptedError, match="SIGTERM while no workers ran"),
+    ):
+        launch._fit(config, derive(config, samples=None), "sqlite:///nowhere.db", "id", lease)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import ray.train
-from ray.exceptions import ActorDiedError
+from ray.exceptions import ActorDiedError, RayActorError
 from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 
 from arvideo_dist.train.restarts import Restarts, cause_of
@@ -67,3 +67,11 @@ def test_a_store_that_shows_fewer_checkpoints_is_no_progress() -> None:
     assert "restart 2 of 2 since checkpoint step-00000024" in line
     with pytest.raises(CrashLoopError, match="3 times since checkpoint step-00000024"):
         restarts.lost("gone", "step-00000016")
+
+
+def test_workers_that_did_not_start_are_told_with_what_ended_them() -> None:
+    died = RayActorError(error_msg="The actor died.\npid: 7\nip: 10.0.0.9\nWorker exit type: SYSTEM_ERROR")
+    told = cause_of(ray.train.ControllerError(died))
+    assert told == (
+        "the workers did not start: its process ended (ip: 10.0.0.9, pid: 7): Worker exit type: SYSTEM_ERROR"
+    )
