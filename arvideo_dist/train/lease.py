@@ -134,6 +134,9 @@ class Guard:
                 )
             if self.name in newest:
                 return
+            # An NFS client may show an older listing for a minute, but asks its server for a name.
+            if self._run.is_local and self._run.exists(f"{FOLDER}/{self.name}"):
+                return
         raise OSError(
             f"{self.run_uri}/{FOLDER} on {socket.gethostname()} does not hold this driver's own {self.name}: the "
             "store is taken to be away, and nothing is written. Is it mounted?"

@@ -24,8 +24,9 @@ CHECKPOINT_TAG = "arvideo.newest_checkpoint"  # of the MLflow run: the step of i
 # How long a driver waits for a store that is away, and between two looks at it.
 AWAY_S = 3600.0
 PAUSE_S = 5.0
-# How long workers wait before they leave and the driver waits for them: a blink costs no new workers.
-_WORKERS_PATIENCE_S = 60.0
+# How long workers look before they leave and the driver waits for them: a blink costs no new workers, and an NFS
+# client may show a listing that is a minute old.
+_WORKERS_PATIENCE_S = 90.0
 
 
 def not_seen_again(run: Storage, newest: int, seen: int) -> str | None:

@@ -126,6 +126,16 @@ def _stream(run: Storage, name: str) -> None:
         file.write(b"x")
 
 
+def test_an_older_listing_of_a_network_disk_is_no_store_that_is_away(tmp_path: Path) -> None:
+    with acquire(Storage(str(tmp_path)), lease_s=600) as lease:
+        stale = ["00000000-00000000000000000000000000000000.json"]
+        with mock.patch.object(lease.guard._run, "names", return_value=stale):
+            lease.guard.check()
+        lease.guard._run.delete(f"lease/{lease.guard.name}")
+        with pytest.raises(OSError, match="does not hold this driver's own"):
+            lease.guard.check()
+
+
 def test_the_lease_tells_the_next_driver_of_the_newest_checkpoint(store: Store) -> None:
     """Also of one that only the heartbeat saw, and a driver that sees less lowers nothing."""
     with acquire(store.run, 600, newest_step) as lease:
