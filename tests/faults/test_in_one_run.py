@@ -29,7 +29,7 @@ def test_killed_rank_full_disk_and_a_notice_to_leave(folder: Path, survived: Cal
         command.read_until(FAULT_AT)
         command.worker(1).kill()
         command.read_until(r"continues from .*step-00000008")
-        command.read_until(rf"step 29/{STEPS}")
+        command.read_until(rf"step 18/{STEPS}")
         if not refused:
             filler = fill(checkpoints)
             assert "No space left" in command.read_until(r"checkpoint.*failed")
@@ -37,7 +37,6 @@ def test_killed_rank_full_disk_and_a_notice_to_leave(folder: Path, survived: Cal
             assert whole, "the checkpoints before it are still there"
             Checkpoint(run.folder, whole[-1]).verify()
             filler.unlink()
-            command.read_until(r"checkpoint step-\d+ is complete")
         command.send(signal.SIGTERM)
         assert command.finish() == os.EX_TEMPFAIL, command.output
         again = run.start()

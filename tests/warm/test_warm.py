@@ -87,7 +87,7 @@ def test_an_error_is_told_and_ends_it() -> None:
 
 
 def test_files_that_a_caller_hands_down_are_no_files_of_the_libraries() -> None:
-    """A library of Ray's opens its source of random numbers once, at the lowest number that is free then."""
+    """What a library opens as it is imported gets the lowest number that is free then."""
     ends = os.pipe()
     many = [os.dup(ends[0]) for _ in range(60)]
     code = "import os, uuid; import ray; print(ray.ObjectRef.from_random() is not None)"
