@@ -77,7 +77,10 @@ def weights_step(state: Mapping[str, Any], step: int) -> int | None:
 
     `state`: the checkpoint's own. Two checkpoints of the same answer hold the same weights.
     """
-    listed = state.get("bad_steps") or {"in_a_row": 0, "rollbacks": []}
+    listed = state.get("bad_steps")
+    if not isinstance(listed, Mapping):
+        # Saved before there was such a list.
+        return step
     if listed["in_a_row"]:
         return None
     for rollback in reversed(listed["rollbacks"]):

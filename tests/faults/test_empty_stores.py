@@ -58,9 +58,9 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
     """A head without slots: this host."""
     monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
     monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
-    cluster = Cluster(
-        initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": True, "dashboard_port": 0}
-    )
+    head = {"num_cpus": 0, "include_dashboard": True, "dashboard_port": 0}
+    # Its hooks for the exit want the main thread, and nodes are added from another one.
+    cluster = Cluster(initialize_head=True, head_node_args=head, shutdown_at_exit=False)
     yield cluster
     cluster.shutdown()
 
