@@ -319,7 +319,8 @@ def tracker_of(folder: Storage) -> Tracker:
     record = json.loads(folder.read_bytes(RUN_FILE))
     uri, run_id = record["tracking_uri"], record["mlflow_run_id"]
     if not _has_database(uri):
-        raise ValueError(f"{folder.uri}/{RUN_FILE} names MLflow's database {uri}, which is not there")
+        database = uri.removeprefix("sqlite:///")
+        raise ValueError(f"{folder.uri}/{RUN_FILE} names MLflow's database {database}, which is not there")
     try:
         _client(uri).get_run(run_id)
     except MlflowException as error:

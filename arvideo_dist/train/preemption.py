@@ -63,8 +63,11 @@ class Signals:
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Signals:
-        self._before = {number: signal.signal(number, self._note) for number in _NAMES}
+        self._before = self._listen()
         return self
+
+    def _listen(self) -> dict[signal.Signals, Any]:
+        return {number: signal.signal(number, self._note) for number in _NAMES}
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -86,6 +89,9 @@ class Signals:
     def _wait_for(self, work: Background[_T], lease: Lease, grace_s: float) -> _T:
         asked_at = None
         while not work.done.wait(POLL_S):
+            # Ray, when it is started by the thread, puts a handler of its own before Python's, which aborts the
+            # process three seconds after a SIGTERM.
+            self._listen()
             if not self._heard:
                 continue
             if asked_at is None:

@@ -36,6 +36,7 @@ def test_verdict_and_json_agree() -> None:
     assert not found["passed"]
     assert len(found["findings"]) == len(FINDINGS)
     assert found["findings"][-1] == {
-        "check": "/dev/shm", "level": "error", "message": "too small: more", "passing": False, "where": "worker 1",
+        "check": "/dev/shm", "level": "error", "message": "too small: more", "passing": False, "away": False,
+        "where": "worker 1",
     }  # fmt: skip
     assert as_json(FINDINGS[:5])["passed"]

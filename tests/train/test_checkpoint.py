@@ -229,7 +229,7 @@ def test_damaged_newest_is_named_and_the_one_before_it_used_on_all_ranks(
     whole = remote.read_bytes(part)
     remote.write_bytes(part, whole[:-1])
     try:
-        opened = run_ranks(2, _open_all, [*folders, remote.uri])
+        opened = run_ranks(2, _open_all, [*folders, remote.address])
     finally:
         remote.write_bytes(part, whole)
     for rank, (one, both, none, on_s3) in enumerate(opened):

@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -110,7 +111,10 @@ def test_a_run_that_waits_for_nodes_ends_when_asked_and_takes_its_demand_back(
     process.read_until(r"room for 0 workers of 1 CPU each now, the run wants 2: it waits until nodes join")
     ray.init(address=cluster.address)
     try:
-        assert demand() == [{"CPU": 1.0}] * 5
+        # The actor that tells the autoscaler is a process that starts after the first request.
+        while (asked := demand()) != [{"CPU": 1.0}] * 5:
+            assert asked == []
+            time.sleep(0.5)
         process.send(signal.SIGTERM)
         process.read_until(
             r"SIGTERM: the workers save at their next step, within \d+ s; a second signal ends the run"

@@ -27,7 +27,7 @@ from arvideo_dist.data.index import manifest_name
 from arvideo_dist.derived import derive
 from arvideo_dist.storage import Storage, lasts
 from arvideo_dist.train import checkpoint as checkpoint_module
-from arvideo_dist.train import launch, seen
+from arvideo_dist.train import launch, nodes, seen
 from arvideo_dist.train.checkpoint import open_newest_whole
 from arvideo_dist.train.lease import Guard, acquire
 from arvideo_dist.train.preemption import Signals
@@ -198,6 +198,9 @@ def _config(folder: Path, **run: Any) -> RunConfig:
         {
             "run": {"name": "seen", "storage_path": str(folder / "runs"), "max_restarts": 1, **run},
             "data": {"path": str(folder / "data"), "val_split": None},
+            "model": {"encoder": "demo"},
+            "train": {"micro_batch": 1},
+            "cluster": {"workers": 1},
             "tracking": {"uri": f"sqlite:///{folder}/mlflow.db"},
         }
     )
@@ -269,6 +272,9 @@ def _pretrain(config: RunConfig) -> int:
         "run.name": config.run.name,
         "run.storage_path": config.run.storage_path,
         "tracking.uri": config.tracking.uri,
+        "model.encoder": config.model.encoder,
+        "train.micro_batch": str(config.train.micro_batch),
+        "cluster.workers": str(config.cluster.workers),
     }
     with pytest.raises(SystemExit) as ended:
         pretrain.main([part for name, value in options.items() for part in (f"--{name}", value)])
@@ -454,6 +460,7 @@ class Driver:
         monkeypatch.setattr(launch, "connect", lambda config: None)
         monkeypatch.setattr(launch, "HangWatch", _NoWatch)
         monkeypatch.setattr(ray, "cluster_resources", dict)
+        monkeypatch.setattr(nodes, "free_places", lambda bundle: {"node": 16})
         monkeypatch.setattr(launch, "_fit_once", lambda *_: self.sets.pop(0)())
         monkeypatch.setattr(launch, "wait_to_restart", self._wait)
 

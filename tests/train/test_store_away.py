@@ -18,7 +18,7 @@ from arvideo_dist.data import index
 from arvideo_dist.derived import derive
 from arvideo_dist.pretrain import main
 from arvideo_dist.storage import Storage
-from arvideo_dist.train import launch, seen
+from arvideo_dist.train import launch, nodes, seen
 from arvideo_dist.train.lease import Lease, LeaseLostError, acquire
 from arvideo_dist.train.preemption import wait_to_restart
 from arvideo_dist.train.retention import FOLDER, MANIFEST
@@ -92,6 +92,7 @@ class Outage:
         monkeypatch.setattr(launch, "connect", lambda config: None)
         monkeypatch.setattr(launch, "HangWatch", _NoWatch)
         monkeypatch.setattr(ray, "cluster_resources", dict)
+        monkeypatch.setattr(nodes, "free_places", lambda bundle: {"node": 16})
         monkeypatch.setattr(launch, "_fit_once", self.fit_once)
         monkeypatch.setattr(launch, "wait_to_restart", self.wait)
 
@@ -168,7 +169,12 @@ def test_waiting_for_a_store_ends_at_once_when_the_run_is_asked_to_stop(
     waiting = "SIGTERM while no workers ran; the same command continues"
     with outage.stack:
         lease = acquire(outage.run, lease_s=600)
-        lease.ask_to_stop("SIGTERM")
+
+        def lose_and_be_asked(*_: object) -> None:
+            lease.ask_to_stop("SIGTERM")
+            outage.fit_once()
+
+        monkeypatch.setattr(launch, "_fit_once", lose_and_be_asked)
         with pytest.raises(RunInterruptedError, match=waiting):
             _fit(config, lease)
     assert outage.fits == 1
