@@ -132,10 +132,10 @@ def test_a_run_that_waits_for_nodes_ends_when_asked_and_takes_its_demand_back(
 def test_node_with_a_preemption_notice_is_left_with_a_checkpoint_and_the_run_goes_on_narrower(
     cluster: Cluster, start: Callable[..., PretrainProcess], tmp_path: Path
 ) -> None:
-    steps = 60
+    steps = 24
     nodes = [cluster.add_node(num_cpus=1) for _ in range(2)]
     process = start("drained", [1, 2], steps, every=1000)
-    process.read_until(r"step 3/60")
+    process.read_until(r"step 3/24")
     drain(cluster, nodes[1])
     said = process.read_until(r"interrupted after step \d+: preemption notice for the nodes of ranks \d")
     step = int(said.split("after step ")[1].split(":")[0])
