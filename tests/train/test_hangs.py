@@ -95,7 +95,7 @@ def test_a_stopped_process_is_found_looked_at_and_ended_with_the_ranks_that_wait
         HangWatch(10.0, lease.guard, lambda *tag: noted.put(tag)) as hangs,
     ):
         workers = hangs.new_workers()
-        assert not hangs.have_begun()
+        assert not ray.get(hangs.monitor.has_heard.remote(workers))
         waiting = [
             rank.wait.remote(hangs.monitor, lease.guard, workers, stopped=number == 1)
             for number, rank in enumerate(ranks)
