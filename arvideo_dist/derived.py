@@ -61,7 +61,7 @@ class Derived:
 
 
 def derive(config: RunConfig, samples: int | None) -> Derived:
-    """Numbers of a run over `samples` training samples; ValueError where they contradict each other."""
+    """Numbers of a run over `samples` training samples; ValueError if they contradict each other."""
     sequences = make_sequences(config.model, config.decoder)
     clusters = sequences if isinstance(sequences, Clusters) else None
     train, world_size = config.train, config.cluster.max_workers

@@ -133,7 +133,7 @@ def _print_end(config: RunConfig, finished: Finished) -> None:
 def _validation(metrics: Mapping[str, float]) -> str:
     loss, constant = metrics["loss/val"], metrics.get("loss/constant_predictor")
     text = f"loss {loss:.4f}"
-    if constant:  # 0 where all targets are the same
+    if constant:  # 0 if all targets are the same
         below = 1 - loss / constant
         side = "below" if below >= 0 else "above"
         text += f", best constant predictor {constant:.4f} ({abs(below):.1%} {side} it)"

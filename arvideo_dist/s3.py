@@ -43,7 +43,7 @@ class S3Reader:
 
     def read(self, path: str, offset: int = 0, size: int | None = None) -> bytes | None:
         """`size` bytes of the object `path` (`bucket/key`) from byte `offset`, fewer where it ends before; without
-        `size` all of it. None where pyarrow has to do it. Raises FileNotFoundError."""
+        `size` all of it. None if pyarrow has to do it. Raises FileNotFoundError."""
         if self._is_left or size == 0:
             return None
         wanted = {} if size is None else {"Range": f"bytes={offset}-{offset + size - 1}"}
@@ -103,7 +103,7 @@ class S3Reader:
 
 @lru_cache(maxsize=1)
 def _found_credentials() -> Any:
-    """Those of this machine, which renew themselves; None where there are none."""
+    """Those of this machine, which renew themselves; None if there are none."""
     return get_session().get_credentials()
 
 

@@ -46,7 +46,7 @@ _PAUSE_S = 2.0
 
 
 def tracking_uri(config: RunConfig) -> str:
-    """The configured server, or a sqlite file in the run's (local) storage; ValueError where that is remote."""
+    """The configured server, or a sqlite file in the run's (local) storage; ValueError if that is remote."""
     if config.tracking.uri is not None:
         return config.tracking.uri
     storage = Storage(config.run.storage_path)
@@ -81,7 +81,7 @@ def refuses(error: Exception) -> bool:
 def open_run(config: RunConfig, derived: Mapping[str, Any], folder: Storage) -> str:
     """Id of the MLflow run of this training run: the one that `run.json` in its `folder` names, or a new one.
 
-    Raises ValueError where the tracking server refuses, or does not know the run any more, and OSError where a new
+    Raises ValueError if the tracking server refuses, or does not know the run any more, and OSError if a new
     run cannot reach it. A run that continues does not need one: this says so.
     """
     logging.getLogger("alembic").setLevel(logging.WARNING)
@@ -312,7 +312,7 @@ class Tracker:
 def tracker_of(folder: Storage) -> Tracker:
     """Of the MLflow run that a training run's folder names.
 
-    Raises ValueError where it names none, or where the database or server does not have it.
+    Raises ValueError if it names none, or where the database or server does not have it.
     """
     if not folder.exists(RUN_FILE):
         raise ValueError(f"{folder.uri} has no {RUN_FILE}, which names its MLflow run")

@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from arvideo_dist.storage import Storage
 from data_prep import datasets, folder, lists, synthetic
@@ -136,6 +137,12 @@ def parser() -> argparse.ArgumentParser:
         "the list",
         lambda given: lists.listed(given.annotations, given.videos, given.label_map),
     )
+    _add_commands_that_read(commands)
+    return top
+
+
+def _add_commands_that_read(commands: Any) -> None:
+    """`verify` and `stats`, which look at a data set that is finished. `commands`: argparse's sub-parsers."""
     check = commands.add_parser("verify", help="read a finished data set again and check all it promises")
     look = commands.add_parser("stats", help="figures and pictures of what a data set holds")
     for sub in (check, look):
@@ -146,7 +153,6 @@ def parser() -> argparse.ArgumentParser:
     )
     check.add_argument("--workers", type=int, default=2, help="shards at a time (default: 2)")
     check.add_argument("--report", help="write the report as JSON to this file")
-    return top
 
 
 def _folder_inputs(arguments: Arguments) -> Inputs:

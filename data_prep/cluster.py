@@ -104,7 +104,7 @@ class RayPool:
         return self._get(handle)
 
     def record(self, handle: ray.ObjectRef) -> SliceRecord:
-        """Raises UserError where the shard was written to another machine's disk."""
+        """Raises UserError if the shard was written to another machine's disk."""
         record: SliceRecord = self._get(handle)
         shard = record.shard
         # A bucket is the same for all machines.

@@ -86,7 +86,7 @@ def is_video(path: str) -> bool:
 
 
 def read(videos: str, labels_from_folders: bool) -> Inputs:
-    """The videos below the folder `videos`; raises UserError where there are none."""
+    """The videos below the folder `videos`; raises UserError if there are none."""
     top = Path(videos).expanduser().absolute()  # Ray's workers stand in other folders
     if not top.is_dir():
         raise UserError(f"--videos {videos}: no such folder")

@@ -68,7 +68,7 @@ class SourceInfo:
     start: float  # seconds: time of the first picture in the container
     duration: float  # seconds from the first picture to the end of the last, without the cuts
     cuts: list[list[float]]  # seconds from the first picture: holes without pictures that are left out
-    max_hold: float | None  # seconds that a picture is held at most; None where that is not needed
+    max_hold: float | None  # seconds that a picture is held at most; None if that is not needed
 
 
 @dataclass(frozen=True)

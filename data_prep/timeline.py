@@ -23,7 +23,7 @@ class Timeline:
     start: Fraction  # seconds: time of the first picture in the container
     duration: Fraction  # from the first picture to the end of the last, without what is cut
     cuts: list[tuple[Fraction, Fraction]]  # from, to: what is left out of holes in the file
-    max_hold: Fraction | None  # seconds; None where nothing is cut and time never goes back
+    max_hold: Fraction | None  # seconds; None if nothing is cut and time never goes back
 
 
 def goes_back(before: Fraction | None, after: Fraction | None) -> bool:

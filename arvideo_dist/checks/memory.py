@@ -3,7 +3,7 @@
 What ZeRO holds follows DeepSpeed 0.19.8 with fp32 parameters (`train/engine.py`), of P parameters on w workers:
 
     stage   weights         gradients                       AdamW's moments
-    0       P               P, and P sent where w > 1        2 P
+    0       P               P, and P sent if w > 1           2 P
     1       P + P / w       P + 2 P / w, and a bucket        2 P / w
     2       P + P / w       2 P / w, and a bucket            2 P / w
     3       P + 2 P / w     P / w, and a bucket              2 P / w
@@ -71,7 +71,7 @@ def memory_of(config: RunConfig, derived: Derived, *, cuda: bool) -> tuple[Memor
 
 
 def _training(config: RunConfig, derived: Derived, *, cuda: bool) -> tuple[list[tuple[str, int]], int]:
-    """Where the model trains; the second number: of it, for each clip of a micro batch."""
+    """Parts of the device that trains, and how many bytes of them each clip of a micro batch adds."""
     stage, world, whole = config.train.zero_stage, derived.world_size, _FP32 * derived.parameters
     share = whole // world
     bucket = _FP32 * _BUCKET_NUMBERS if cuda else min(_FP32 * _BUCKET_NUMBERS, whole)

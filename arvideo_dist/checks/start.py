@@ -44,7 +44,7 @@ def check_driver(config: RunConfig) -> None:
     """Data set, storage and tracking server from here; ValueError says what is to be mended.
 
     In this order: nothing is written for a run whose data set is not there. A fault that may pass is tried again
-    for some seconds. OSError is raised instead where a store or server cannot be reached, or where a run that has
+    for some seconds. OSError is raised instead if a store or server cannot be reached, or if a run that has
     begun meets nothing but what may pass. Without its tracking server such a run goes on.
     """
     run = Storage(config.run.storage_path).child(config.run.name)
@@ -61,9 +61,9 @@ def check_driver(config: RunConfig) -> None:
 
 def check_run(config: RunConfig, derived: Derived) -> None:
     """What the numbers of the run say here, on the driver, before Ray starts: a plan that is seldom meant, room for
-    checkpoints, and where all workers will be on this machine, what the machine has.
+    checkpoints, and, if all workers will be on this machine, what the machine has.
 
-    ValueError where something of this is an error for a new run. One that has begun is warned: its workers look
+    ValueError if something of this is an error for a new run. One that has begun is warned: its workers look
     again, others may use the storage too, and saves that fail have their own patience (`run.max_failed_saves`).
     """
     findings = [*check_plan(derived), *check_room(config, checkpoint_bytes(derived))]

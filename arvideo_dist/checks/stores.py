@@ -93,7 +93,7 @@ class Split:
 
 
 def splits(config: RunConfig) -> list[Split]:
-    """Raises ValueError where a path is not set or cannot be opened."""
+    """Raises ValueError if a path is not set or cannot be opened."""
     found = [Split(source.storage, source.split, "training") for source in training_sources(config.data)]
     if config.data.val_split is not None:
         source = validation_source(config.data)

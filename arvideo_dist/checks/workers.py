@@ -151,7 +151,7 @@ def check_workers(
 ) -> list[Finding]:
     """Everything that the workers of the run find, on the cluster that this process is connected to.
 
-    `tracking_uri`: None where it is not known. `wait_s`: seconds for which an autoscaler may add nodes.
+    `tracking_uri`: None if it is not known. `wait_s`: seconds for which an autoscaler may add nodes.
     """
     bundle = worker_resources(config, use_gpu)
     fitting = slots([node["Resources"] for node in ray.nodes() if node["Alive"]], bundle)

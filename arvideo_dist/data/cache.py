@@ -28,8 +28,8 @@ class ShardCache:
         self.folder, self.limit_bytes = folder, limit_bytes
 
     def open(self, storage: Storage, shard: str, index_digest: str) -> BinaryIO | None:
-        """The local copy of the member `shard` of a data set, opened; fetched where it is not there. None where the
-        shards that others fetch now leave no room for it. Raises OSError where the store fails, ValueError where
+        """The local copy of the member `shard` of a data set, opened; fetched if it is not there. None if the
+        shards that others fetch now leave no room for it. Raises OSError if the store fails, ValueError if
         the shard is larger than the cache."""
         path = self.folder / f"{index_digest[:_DIGITS]}-{shard}"
         while True:

@@ -88,7 +88,7 @@ class Selection(NamedTuple):
 def select_packets(video: bytes, indices: NDArray[np.int64]) -> Selection | None:
     """The packets that frames `indices` need; BadSample where the file has fewer frames.
 
-    None where the file is not of the kind: H.264 in plain mp4 with closed groups of pictures. Such groups are
+    None if the file is not of the kind: H.264 in plain mp4 with closed groups of pictures. Such groups are
     independent, and frame numbers run through them one group after the other in decoding and in display order
     alike, so only the groups that hold a wanted frame are looked at.
     """

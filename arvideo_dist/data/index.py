@@ -179,7 +179,7 @@ def open_index(
     """Open the index of `split`, verified against its `manifest` (read here where it is not given).
 
     The Parquet file is turned once a node into an uncompressed Arrow file under `cache` (default: the
-    system's temporary folder), named by its digest, and mapped from there. Raises ValueError where the
+    system's temporary folder), named by its digest, and mapped from there. Raises ValueError if the
     split is missing or its index is not the one that the manifest names.
     """
     manifest = manifest or load_manifest(storage, split)

@@ -372,8 +372,8 @@ class ClipLoader:
 
         The last step is padded with weight 0 where it passes `stop_position`. Several `sources` are mixed by
         their weights. `sequence(rng)` draws one sample's (context_ids, target_ids), always of the same lengths.
-        `workers=0` decodes in this process. Raises ValueError where a split is missing or damaged; iteration
-        raises DataReadError where a shard cannot be read and DecodeWorkersError where no worker stays alive.
+        `workers=0` decodes in this process. Raises ValueError if a split is missing or damaged; iteration
+        raises DataReadError if a shard cannot be read and DecodeWorkersError if no worker stays alive.
         """
         self.samples = ClipSamples(
             sources,

@@ -29,7 +29,7 @@ class SampleTable(NamedTuple):
 
 
 def read_table(video: bytes) -> SampleTable | None:
-    """The table of the file `video`; None where the file is of another kind or damaged."""
+    """The table of the file `video`; None if the file is of another kind or damaged."""
     try:
         return _read_table(memoryview(video))
     except (KeyError, IndexError, ValueError, ZeroDivisionError, struct.error):

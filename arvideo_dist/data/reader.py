@@ -40,7 +40,7 @@ class MemberReader:
     def read(self, row: SampleRow) -> bytes:
         """The bytes of the row's video.
 
-        Raises BadSample where the shard is readable but does not hold these bytes, DataReadError where the
+        Raises BadSample if the shard is readable but does not hold these bytes, DataReadError if the
         shard is missing or the store goes on failing.
         """
         data = self._with_retries(row)

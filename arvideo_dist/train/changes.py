@@ -68,7 +68,7 @@ def data_digests(data: DataConfig) -> list[str]:
 
 
 def check_allowed_names(config: RunConfig) -> None:
-    """ValueError where `run.allow_change` names what is no field, or a field that needs no leave."""
+    """ValueError if `run.allow_change` names what is no field, or a field that needs no leave."""
     if wrong := [name for name in config.run.allow_change if name not in ALTERING]:
         free = [name for name in wrong if name in FREE]
         raise ValueError(
@@ -83,7 +83,7 @@ def refuse_changes(
 ) -> list[str]:
     """Compare `config` with the `state` of a checkpoint.
 
-    `digests`: `data_digests` now. `precision`: the resolved one, None where it is not known yet. Returns one line
+    `digests`: `data_digests` now. `precision`: the resolved one, None if it is not known yet. Returns one line
     for each difference that `run.allow_change` names; ValueError lists all others with old and new value, and those
     that cannot be allowed even if they are named.
     """

@@ -180,7 +180,7 @@ def open_newest_whole(
     """Collective: the newest checkpoint whose content is what its manifest says, the same on all ranks.
 
     The ranks verify the parts in turn. A damaged checkpoint is named and the one before it is tried; one that
-    is not wanted is passed over. None where the run has no wanted checkpoint; RunStoppedError where it has some
+    is not wanted is passed over. None if the run has no wanted checkpoint; RunStoppedError if it has some
     and all are damaged. `seen`: the newest step of which anybody saw a checkpoint here; StoreAwayError on all ranks
     if the store shows none of that step or a later one.
     """

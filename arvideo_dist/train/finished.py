@@ -15,10 +15,10 @@ from arvideo_dist.train.stop import RESULT
 
 
 def already_finished(config: RunConfig) -> Finished | None:
-    """What the run left, if it has ended under this configuration; None where something is left to do.
+    """What the run left, if it has ended under this configuration; None if something is left to do.
 
     Starts no Ray and changes nothing, unless MLflow lacks something of the run: then that is sent. Raises
-    ValueError where the configuration does not fit the run (`check_resume`).
+    ValueError if the configuration does not fit the run (`check_resume`).
     """
     run = run_folder(config)
     try:

@@ -155,9 +155,9 @@ def wait_for_checkpoints(config: RunConfig) -> int:
 def launch(config: RunConfig, derived: Derived, lease: Lease, signals: Signals) -> Finished:
     """Run the training on Ray under `lease` and return when it has ended.
 
-    Raises RunStoppedError where the run stopped itself, RunInterruptedError where a signal asked it to end,
-    LeaseLostError where another driver took the run, CrashLoopError where workers are lost again and again,
-    ValueError where the cluster can never hold them.
+    Raises RunStoppedError if the run stopped itself, RunInterruptedError if a signal asked it to end,
+    LeaseLostError if another driver took the run, CrashLoopError if workers are lost again and again,
+    ValueError if the cluster can never hold them.
     """
     from arvideo_dist import tracking  # MLflow and Ray take seconds to import: only after all checks
 
@@ -290,7 +290,7 @@ def _newest_once_stores_answer(config: RunConfig, lease: Lease) -> str | None:
     """The name of the newest complete checkpoint of a run that is still ours; waits for a store of run or data that
     is away, or that shows less than was seen there, since new workers would need it too.
 
-    OSError where it stays away for an hour or where time alone does not mend it; LeaseLostError and
+    OSError if it stays away for an hour or where time alone does not mend it; LeaseLostError and
     RunInterruptedError as soon as the lease is known to be lost or the run is asked to stop.
     """
     run, until, said = run_folder(config), time.monotonic() + seen.AWAY_S, False

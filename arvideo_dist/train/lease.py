@@ -122,7 +122,7 @@ class Guard:
         return _generation(self.name)
 
     def check(self) -> None:
-        """Raises LeaseLostError where a higher generation exists, OSError where this one's own file is not."""
+        """Raises LeaseLostError if a higher generation exists, OSError if this one's own file is not."""
         for _ in range(_LISTINGS):
             newest = _newest(self._run)
             if newest and _generation(newest[0]) > self.generation:
@@ -143,7 +143,7 @@ class Guard:
         )
 
     def record(self) -> Record | None:
-        """What the driver has written last, its wishes among it; None where the lease is another's by now."""
+        """What the driver has written last, its wishes among it; None if the lease is another's by now."""
         return _read(self._run, self.name)
 
     def storage(self) -> GuardedStorage:
@@ -213,7 +213,7 @@ class Lease:
         self._wake.set()
 
     def is_held(self) -> bool:
-        """Whether no other driver has the run. OSError where its storage does not tell for the lease time."""
+        """Whether no other driver has the run. OSError if its storage does not tell for the lease time."""
         try:
             patiently(self.guard.check, self._record.lease_s)
         except LeaseLostError:
@@ -330,7 +330,7 @@ def _generation(name: str) -> int:
 
 
 def _read(run: Storage, name: str) -> Record | None:
-    """Content of a lease file; None where its writer stepped back or it was superseded."""
+    """Content of a lease file; None if its writer stepped back or it was superseded."""
     for tries_left in reversed(range(_READS)):
         try:
             return Record.model_validate_json(run.read_bytes(f"{FOLDER}/{name}"))
@@ -345,7 +345,7 @@ def _read(run: Storage, name: str) -> Record | None:
 
 
 def process_identity(pid: int) -> str | None:
-    """What no other process of any machine has, though PIDs are given out again and clocks are set; None where this
+    """What no other process of any machine has, though PIDs are given out again and clocks are set; None if this
     system does not tell."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()

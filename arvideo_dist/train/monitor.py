@@ -219,7 +219,7 @@ class Monitor:
 
 
 def autopsy(pid: int, identity: str | None) -> str | None:
-    """Runs on the node of a rank that is mute: its state and stacks, then the process is killed; None where it had
+    """Runs on the node of a rank that is mute: its state and stacks, then the process is killed; None if it had
     ended before."""
     from arvideo_dist import stacks
     from arvideo_dist.train.lease import process_identity

@@ -30,7 +30,7 @@ _ANSWER_S = 1.0
 
 
 def cluster_address(config: RunConfig) -> str | None:
-    """The Ray that the run joins; None where it starts one on this machine."""
+    """The Ray that the run joins; None if it starts one on this machine."""
     inside_job = "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
     return config.cluster.address or ("auto" if inside_job else os.environ.get("RAY_ADDRESS"))
 
@@ -104,7 +104,7 @@ def _answers(address: tuple[str, int]) -> bool:
 
 def most_places(bundle: Mapping[str, float]) -> int | None:
     """Workers for which there can ever be room: on the nodes that an autoscaler may add at most, or on those that
-    are there. None where the cluster tells no such limit."""
+    are there. None if the cluster tells no such limit."""
     import ray
     from ray._private.state import state
 
@@ -139,7 +139,7 @@ class Room:
     def wait(self, stop_if_asked: Callable[[], None]) -> int:
         """The number of workers to start now: as many as fit. Waits until there is room for the fewest.
 
-        `stop_if_asked` is called all the while and ends the wait by what it raises. ValueError where the cluster's
+        `stop_if_asked` is called all the while and ends the wait by what it raises. ValueError if the cluster's
         autoscaler can never make the room.
         """
         seen, since, said = -1, time.monotonic(), -1

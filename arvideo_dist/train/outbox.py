@@ -115,7 +115,7 @@ class QueuedTracker:
     def __init__(self, tracker: Tracker, run: Storage) -> None:
         """`run`: the run's folder, through which everything is kept. Begins with what is waiting there.
 
-        Raises OSError where the folder cannot be read for minutes.
+        Raises OSError if the folder cannot be read for minutes.
         """
         self._tracker, self._run = tracker, run
         # Files have a lane of their own: the store of artifacts may fail while MLflow is well.

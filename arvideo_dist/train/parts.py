@@ -54,7 +54,7 @@ class _Request:
 def read_slices(run: Storage, slices: Iterable[Slice]) -> None:
     """Fill the targets of `slices` from members of `run`.
 
-    Digests are of whole parts and are not compared here. Raises OSError where the store fails for long, or gives
+    Digests are of whole parts and are not compared here. Raises OSError if the store fails for long, or gives
     less than its parts hold.
     """
     by_part: dict[str, list[Slice]] = {}

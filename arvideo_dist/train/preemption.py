@@ -131,7 +131,7 @@ class Signals:
 
 
 def stop_if_asked(lease: Lease) -> None:
-    """RunInterruptedError where the run is asked to stop while no workers run."""
+    """RunInterruptedError if the run is asked to stop while no workers run."""
     if lease.stop_reason:
         raise RunInterruptedError(
             f"{lease.stop_reason} while no workers ran; the same command continues from the latest complete "
