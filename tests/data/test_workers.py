@@ -30,9 +30,13 @@ def requests() -> Iterator[list[int]]:
 
 
 def children() -> list[psutil.Process]:
-    """The processes below this one that are neither the fork server nor the resource tracker."""
-    me = psutil.Process()
-    return [child for child in me.children(recursive=True) if child.ppid() != me.pid]
+    """The processes below the fork server. Other tests' processes may stand below this one, too (tests/warm)."""
+    return [
+        worker
+        for child in psutil.Process().children()
+        if any("multiprocessing.forkserver" in word for word in child.cmdline())
+        for worker in child.children(recursive=True)
+    ]
 
 
 @pytest.mark.parametrize(
