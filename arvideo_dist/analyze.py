@@ -6,10 +6,10 @@ import argparse
 
 from arvideo_dist.analysis import subjects
 from arvideo_dist.analysis.results import NotLoggedError, write_results
+from arvideo_dist.config.settings import exit_with, read_config
 from arvideo_dist.data.reader import DataReadError
-from arvideo_dist.settings import exit_with, read_config
 from arvideo_dist.storage import Storage
-from arvideo_dist.train.checkpoint import CheckpointError
+from arvideo_dist.train.checkpoint.manifest import CheckpointError
 from arvideo_dist.trained import open_trained
 
 SOURCE = "folder or URI of a run (its newest complete checkpoint) or of one of its checkpoints"

@@ -7,8 +7,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from arvideo_dist.bench.report import environment, write_json
-from arvideo_dist.settings import exit_with
+from arvideo_dist.config.settings import exit_with
+from arvideo_dist.hardware import environment, write_json
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import argparse
 import sys
 
-from arvideo_dist.interchange import export_encoder
-from arvideo_dist.settings import exit_with
+from arvideo_dist.config.settings import exit_with
+from arvideo_dist.model.interchange import export_encoder
 from arvideo_dist.storage import Storage
-from arvideo_dist.train.checkpoint import CheckpointError
+from arvideo_dist.train.checkpoint.manifest import CheckpointError
 from arvideo_dist.trained import open_trained
 
 

@@ -8,15 +8,17 @@ what; 2: the configuration itself is wrong, and nothing was looked at.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
 from pathlib import Path
 
 from arvideo_dist.checks.finding import Finding, Level, errors
-from arvideo_dist.config import RunConfig
-from arvideo_dist.derived import Derived, derive
-from arvideo_dist.settings import exit_with, read_config
+from arvideo_dist.config.commands import RunConfig
+from arvideo_dist.config.settings import exit_with, read_config
+from arvideo_dist.launch.cluster import connected
+from arvideo_dist.launch.start import derive_checked, with_absolute_paths
 from arvideo_dist.storage import without_credentials
-from arvideo_dist.train.launch import connect, derive_checked, use_gpu_of, with_absolute_paths
+from arvideo_dist.tasks.derived import Derived, derive
 
 _STORAGE_BYTES = 8 * 2**20
 
@@ -42,11 +44,11 @@ def main(argv: list[str] | None = None) -> None:
     except ValueError as error:
         exit_with(error, 2)
 
-    from arvideo_dist.bench.report import environment, write_json  # these import MLflow and Ray: seconds
     from arvideo_dist.checks.machine import check_room
     from arvideo_dist.checks.memory import checkpoint_bytes
     from arvideo_dist.checks.plan import check_plan
     from arvideo_dist.checks.report import as_json, table, verdict
+    from arvideo_dist.hardware import environment, write_json  # these import MLflow and Ray: seconds
 
     findings, uri = _driver(config)
     print(f"{len(findings)} checks on the driver done; now the workers", flush=True)
@@ -76,7 +78,7 @@ def main(argv: list[str] | None = None) -> None:
 def _driver(config: RunConfig) -> tuple[list[Finding], str | None]:
     """What this machine finds, and the tracking server's address if it has a valid one."""
     from arvideo_dist.checks.stores import check_data, check_mlflow, check_storage
-    from arvideo_dist.tracking import tracking_uri
+    from arvideo_dist.train.tracking.runs import tracking_uri
 
     findings = [check_storage(config, _STORAGE_BYTES), *check_data(config)]
     try:
@@ -87,20 +89,17 @@ def _driver(config: RunConfig) -> tuple[list[Finding], str | None]:
 
 
 def _workers(config: RunConfig, derived: Derived, uri: str | None, wait_s: float) -> list[Finding]:
-    import ray
-
     from arvideo_dist.checks.workers import check_workers
 
-    try:
-        connect(config)
-    except Exception as error:  # Ray raises bare ones, too
-        message = f"{error}: check cluster.address, RAY_ADDRESS and RAY_AUTH_TOKEN, and that the head runs"
-        return [Finding("cluster", Level.ERROR, message)]
-    try:
-        use_gpu = use_gpu_of(config, ray.cluster_resources())
+    with contextlib.ExitStack() as cluster:
+        try:
+            use_gpu = cluster.enter_context(connected(config))
+        except Exception as error:  # Ray raises bare ones, too
+            message = (
+                f"{error}: check cluster.address, RAY_ADDRESS and RAY_AUTH_TOKEN, and that the head runs"
+            )
+            return [Finding("cluster", Level.ERROR, message)]
         return check_workers(config, derived, tracking_uri=uri, use_gpu=use_gpu, wait_s=wait_s)
-    finally:
-        ray.shutdown()
 
 
 if __name__ == "__main__":

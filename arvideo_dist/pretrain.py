@@ -11,29 +11,28 @@ from dataclasses import asdict
 from typing import NoReturn
 
 from arvideo_dist.checks.start import check_driver, check_run
-from arvideo_dist.config import RunConfig
-from arvideo_dist.derived import Derived, derive
-from arvideo_dist.settings import exit_with, read_config
-from arvideo_dist.storage import lasts, shown
-from arvideo_dist.train.bad_samples import ARTIFACT
-from arvideo_dist.train.checkpoint import Checkpoint
-from arvideo_dist.train.finished import already_finished
-from arvideo_dist.train.launch import (
-    Finished,
+from arvideo_dist.config.commands import RunConfig
+from arvideo_dist.config.folder import run_folder
+from arvideo_dist.config.settings import exit_with, read_config
+from arvideo_dist.launch.driver import Finished, launch
+from arvideo_dist.launch.finished import already_finished
+from arvideo_dist.launch.nodes import check_own_ray
+from arvideo_dist.launch.preemption import Signals
+from arvideo_dist.launch.start import (
     check_initial_weights,
     check_resume,
     derive_checked,
-    launch,
-    run_folder,
     wait_for_checkpoints,
     with_absolute_paths,
 )
-from arvideo_dist.train.lease import LeaseLostError, acquire
-from arvideo_dist.train.nodes import check_own_ray
-from arvideo_dist.train.preemption import Signals
-from arvideo_dist.train.retention import newest_step
-from arvideo_dist.train.schedule import plan_of
-from arvideo_dist.train.stop import CrashLoopError, RunInterruptedError, RunStoppedError
+from arvideo_dist.storage import lasts, shown
+from arvideo_dist.tasks.derived import Derived, derive
+from arvideo_dist.train.checkpoint.layout import newest_step
+from arvideo_dist.train.checkpoint.reader import Checkpoint
+from arvideo_dist.train.engine.engine.schedule import plan_of
+from arvideo_dist.train.run.lease import LeaseLostError, acquire
+from arvideo_dist.train.run.stop import CrashLoopError, RunInterruptedError, RunStoppedError
+from arvideo_dist.train.samples.bad_samples import ARTIFACT
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -114,7 +113,7 @@ def _print_start(config: RunConfig, derived: Derived, checkpoint: Checkpoint | N
 
 
 def _print_end(config: RunConfig, finished: Finished) -> None:
-    from arvideo_dist.tracking import dashboard_command
+    from arvideo_dist.train.tracking.runs import dashboard_command
 
     metrics = finished.metrics
     print(f"\nrun         {finished.run_folder}")

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from arvideo_dist.config import DecoderConfig, ModelConfig, RunConfig
+from arvideo_dist.config.commands import RunConfig
+from arvideo_dist.config.model import DecoderConfig, ModelConfig
 from arvideo_dist.model.kinds import build_model
 from arvideo_dist.model.pretraining import PretrainingModel
 from arvideo_dist.storage import Storage
-from arvideo_dist.train.checkpoint import FOLDER, Checkpoint, complete_checkpoints
+from arvideo_dist.train.checkpoint.layout import FOLDER, complete_checkpoints
+from arvideo_dist.train.checkpoint.reader import Checkpoint
 
 
 @dataclass(frozen=True)

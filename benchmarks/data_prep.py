@@ -32,7 +32,7 @@ from typing import Any
 import numpy as np
 import psutil
 
-from arvideo_dist.bench.report import environment, write_json
+from arvideo_dist.hardware import environment, write_json
 from arvideo_dist.storage import Storage
 from data_prep.filters import chain
 from data_prep.folder import VIDEO_SUFFIXES

@@ -27,8 +27,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a bare machine has no installed package
 
-from arvideo_dist.bench.report import environment, write_json
-from arvideo_dist.goodput import (
+from arvideo_dist.bench.goodput import (
     Costs,
     best_interval,
     closed_form,
@@ -37,6 +36,7 @@ from arvideo_dist.goodput import (
     simulate,
     young,
 )
+from arvideo_dist.hardware import environment, write_json
 
 HOUR = 3600.0
 NODE_MTBF_S = {

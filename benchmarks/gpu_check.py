@@ -30,16 +30,16 @@ import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a bare machine has no installed package
 
-from arvideo_dist.bench.report import environment, write_json
-from arvideo_dist.config import DecoderConfig, ModelConfig
-from arvideo_dist.flops import forward_backward_flops
+from arvideo_dist.config.model import DecoderConfig, ModelConfig
+from arvideo_dist.hardware import environment, write_json
 from arvideo_dist.model.clusters import Clusters
 from arvideo_dist.model.kinds import build_model, make_sequences
 from arvideo_dist.model.pretraining import PretrainingModel
 from arvideo_dist.model.vit import from_cubes, to_cubes
+from arvideo_dist.tasks.flops import forward_backward_flops
 
 if TYPE_CHECKING:
-    from arvideo_dist.train.engine import Engine
+    from arvideo_dist.train.engine.engine import Engine
 
 Inputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 SMALL = ModelConfig(encoder="tiny")
@@ -233,8 +233,8 @@ def fresh_model() -> PretrainingModel:
 
 def make_engine(model: PretrainingModel, device: torch.device, stage: int) -> Engine:
     """DeepSpeed in bf16."""
-    from arvideo_dist.config import OptimConfig, TrainConfig
-    from arvideo_dist.train.engine import Engine
+    from arvideo_dist.config.optim import OptimConfig, TrainConfig
+    from arvideo_dist.train.engine.engine import Engine
 
     train = TrainConfig(zero_stage=stage, micro_batch=2, global_batch=2, precision="bf16")
     return Engine(model, train, OptimConfig(), device, accumulation_steps=1)
@@ -267,10 +267,10 @@ def check_checkpoints(device: torch.device) -> dict[str, Any]:
     it repeats the losses of the steps that followed, at every ZeRO stage and from each into the next."""
     if any(importlib.util.find_spec(name) is None for name in ("deepspeed", "pyarrow", "safetensors")):
         return {"passed": True, "skipped": "DeepSpeed, pyarrow or safetensors is not installed"}
-    from arvideo_dist.config import RunConfigSection
+    from arvideo_dist.config.run import RunConfigSection
     from arvideo_dist.storage import Storage
-    from arvideo_dist.train.checkpoint import open_newest_whole
-    from arvideo_dist.train.saver import Saver
+    from arvideo_dist.train.checkpoint.reader import open_newest_whole
+    from arvideo_dist.train.checkpoint.saver import Saver
 
     join_single_rank(device.type == "cuda")
     differences = {}
@@ -301,7 +301,7 @@ def check_bad_steps(device: torch.device) -> dict[str, Any]:
     of a step's time."""
     if importlib.util.find_spec("deepspeed") is None:
         return {"passed": True, "skipped": "DeepSpeed is not installed"}
-    from arvideo_dist.train.zero_state import optimizer_steps, owned_fragments, state_of
+    from arvideo_dist.train.engine.engine.zero_state import optimizer_steps, owned_fragments, state_of
 
     def state(engine: Engine) -> list[torch.Tensor]:
         tensors = [kind for f in owned_fragments(engine) for kind in state_of(engine, f).values()]

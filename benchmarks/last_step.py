@@ -22,8 +22,8 @@ from typing import Any
 from mlflow.entities import Metric
 from mlflow.tracking import MlflowClient
 
-from arvideo_dist.bench.report import environment, write_json
-from arvideo_dist.tracking import Tracker
+from arvideo_dist.hardware import environment, write_json
+from arvideo_dist.train.tracking.runs import Tracker
 
 _BATCH = 1000  # the most that MLflow takes in a request
 _METRICS = 14  # that a run logs at each point

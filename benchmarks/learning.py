@@ -24,23 +24,24 @@ import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a bare machine has no installed package
 
-from arvideo_dist.bench.report import environment, write_json
-from arvideo_dist.config import RunConfig
-from arvideo_dist.data.index import load_manifest
-from arvideo_dist.data.loader import ClipLoader, ClipSource, LoaderOptions
-from arvideo_dist.derived import derive
-from arvideo_dist.model.kinds import build_model
-from arvideo_dist.settings import read_config
-from arvideo_dist.train.data import (
+from arvideo_dist.train.engine.engine.schedule import learning_rate
+
+from arvideo_dist.config.commands import RunConfig
+from arvideo_dist.config.settings import read_config
+from arvideo_dist.config.sources import (
     clips_per_epoch,
     loader_options,
     training_sources,
     validation_options,
     validation_source,
 )
-from arvideo_dist.train.engine import Engine
-from arvideo_dist.train.schedule import learning_rate
-from arvideo_dist.train.validate import validate
+from arvideo_dist.data.index import load_manifest
+from arvideo_dist.data.loader import ClipLoader, ClipSource, LoaderOptions
+from arvideo_dist.hardware import environment, write_json
+from arvideo_dist.model.kinds import build_model
+from arvideo_dist.tasks.derived import derive
+from arvideo_dist.train.engine.engine import Engine
+from arvideo_dist.train.evaluation import validate
 
 
 def learn(config: RunConfig, device: torch.device) -> dict[str, Any]:

@@ -27,11 +27,11 @@ import torch
 import torch.distributed as dist
 import yaml
 
-from arvideo_dist.bench.report import environment, write_json
 from arvideo_dist.checks.memory import PROCESS_BYTES, memory_of
-from arvideo_dist.config import RunConfig
-from arvideo_dist.derived import derive
+from arvideo_dist.config.commands import RunConfig
+from arvideo_dist.hardware import environment, write_json
 from arvideo_dist.storage import Storage
+from arvideo_dist.tasks.derived import derive
 
 _EVERY_S = 0.2
 CASES: dict[str, dict[str, Any]] = {
@@ -121,8 +121,8 @@ def alone(name: str) -> dict[str, Any]:
     )
     derived = derive(config, None)
     before = psutil.Process().memory_info().rss
-    from arvideo_dist.train.engine import Engine
-    from arvideo_dist.train.saver import Saver
+    from arvideo_dist.train.checkpoint.saver import Saver
+    from arvideo_dist.train.engine.engine import Engine
 
     os.environ["LOCAL_RANK"] = "0"  # DeepSpeed wants it
     with tempfile.TemporaryDirectory() as folder:

@@ -32,8 +32,8 @@ import pyarrow.parquet as pq
 import webdataset  # noqa: F401  (imports torch, which is not what is measured)
 
 from arvideo_dist import storage as storage_module
-from arvideo_dist.bench.report import environment, write_json
 from arvideo_dist.data.index import ShardEntry, shard_name
+from arvideo_dist.hardware import environment, write_json
 from arvideo_dist.storage import PatientStorage, Storage
 from data_prep import datasets
 from data_prep import prepare as prepare_module

@@ -207,7 +207,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, required=True)
     flags = parser.parse_args()
 
-    from arvideo_dist.bench.report import environment, write_json
+    from arvideo_dist.hardware import environment, write_json
     from tests.services.relays import Requests
     from tests.services.s3 import s3_server
 

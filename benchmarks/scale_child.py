@@ -96,13 +96,15 @@ def run_folder(address: str) -> dict[str, float]:
     import torch
     import torch.distributed as dist
 
-    from arvideo_dist.config import DecoderConfig, ModelConfig, OptimConfig, RunConfigSection, TrainConfig
+    from arvideo_dist.config.model import DecoderConfig, ModelConfig
+    from arvideo_dist.config.optim import OptimConfig, TrainConfig
+    from arvideo_dist.config.run import RunConfigSection
     from arvideo_dist.model.arvideo import ARVideo
     from arvideo_dist.storage import Storage
-    from arvideo_dist.train.checkpoint import Checkpoint, open_newest_whole
-    from arvideo_dist.train.engine import Engine
-    from arvideo_dist.train.lease import acquire
-    from arvideo_dist.train.saver import Saver
+    from arvideo_dist.train.checkpoint.reader import Checkpoint, open_newest_whole
+    from arvideo_dist.train.checkpoint.saver import Saver
+    from arvideo_dist.train.engine.engine import Engine
+    from arvideo_dist.train.run.lease import acquire
 
     meeting = Path(tempfile.mkdtemp()) / "file"
     dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=0, world_size=1)

@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from arvideo_dist.goodput import (
+from arvideo_dist.bench.goodput import (
     Costs,
     EffectiveTime,
     best_interval,

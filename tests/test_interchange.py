@@ -15,14 +15,16 @@ import torch
 from safetensors.torch import load_file
 from transformers import VideoMAEConfig, VideoMAEForPreTraining, VideoMAEForVideoClassification, VideoMAEModel
 
-from arvideo_dist.config import DecoderConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
+from arvideo_dist.config.commands import RunConfig
+from arvideo_dist.config.model import DecoderConfig, ModelConfig
+from arvideo_dist.config.optim import OptimConfig, TrainConfig
 from arvideo_dist.export import main
-from arvideo_dist.interchange import export_encoder, load_initial_encoder
 from arvideo_dist.model.arvideo import ARVideo
+from arvideo_dist.model.interchange import export_encoder, load_initial_encoder
 from arvideo_dist.model.vit import ENCODER_SIZES, Encoder, to_cubes
 from arvideo_dist.pretrain import main as pretrain
 from arvideo_dist.storage import Storage
-from arvideo_dist.train.engine import Engine
+from arvideo_dist.train.engine.engine import Engine
 from tests.train.distributed import run_ranks, save_checkpoint
 
 MODEL = ModelConfig(encoder="demo", frames=4, image_size=32, tubelet=(2, 16, 16), cluster=(1, 1, 2))

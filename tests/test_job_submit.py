@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from arvideo_dist.storage import Storage
-from arvideo_dist.train.checkpoint import complete_checkpoints
+from arvideo_dist.train.checkpoint.layout import complete_checkpoints
 from tests.conftest import ROOT
 from tests.services.mlflow_server import new_database
 from tests.train.runs import TINY, history, make_data, write_config

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from arvideo_dist.config import RunConfig
-from arvideo_dist.derived import Derived, derive
+from arvideo_dist.config.commands import RunConfig
+from arvideo_dist.config.settings import ConfigError, read_config
 from arvideo_dist.pretrain import main
-from arvideo_dist.settings import ConfigError, read_config
+from arvideo_dist.tasks.derived import Derived, derive
 
 
 @pytest.fixture(autouse=True)

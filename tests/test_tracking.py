@@ -9,10 +9,10 @@ from unittest import mock
 import pytest
 from mlflow.tracking import MlflowClient
 
-from arvideo_dist.config import RunConfig
+from arvideo_dist.config.commands import RunConfig
+from arvideo_dist.config.folder import run_folder
 from arvideo_dist.storage import Storage
-from arvideo_dist.tracking import RUN_FILE, Tracker, open_run, tracking_uri
-from arvideo_dist.train.launch import run_folder
+from arvideo_dist.train.tracking.runs import RUN_FILE, Tracker, open_run, tracking_uri
 
 
 class Killed(BaseException):

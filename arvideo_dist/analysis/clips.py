@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 
-from arvideo_dist.config import DataConfig
+from arvideo_dist.config.data import DataConfig
 from arvideo_dist.data.index import load_manifest
 from arvideo_dist.data.loader import Batch, ClipLoader, ClipSource, TokenSequence
 from arvideo_dist.storage import Storage

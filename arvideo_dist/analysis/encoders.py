@@ -6,8 +6,9 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from arvideo_dist.config import DataConfig, Triple
-from arvideo_dist.interchange import WEIGHTS_ENDINGS, read_encoder
+from arvideo_dist.config.data import DataConfig
+from arvideo_dist.config.section import Triple
+from arvideo_dist.model.interchange import WEIGHTS_ENDINGS, read_encoder
 from arvideo_dist.model.layouts import load_encoder
 from arvideo_dist.model.vit import ENCODER_SIZES, Encoder
 from arvideo_dist.storage import Storage

@@ -11,12 +11,12 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import ValidationError
 
-from arvideo_dist.config import DecoderConfig, ModelConfig
+from arvideo_dist.config.model import DecoderConfig, ModelConfig
 from arvideo_dist.data.order import Stream, sample_generator
 from arvideo_dist.model.clusters import Clusters, Order
 from arvideo_dist.model.kinds import make_sequences
 from arvideo_dist.model.pretraining import Sequences
-from arvideo_dist.picture import Page
+from arvideo_dist.tasks.picture import Page
 
 MAX_PAGES = 40
 _NEVER = -1  # neither seen nor predicted: a dropped token of a cluster that is not predicted

@@ -9,11 +9,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from arvideo_dist.config import ModelConfig
+from arvideo_dist.config.model import ModelConfig
 from arvideo_dist.data.loader import Batch
 from arvideo_dist.model.clusters import PredictionStep
 from arvideo_dist.model.pretraining import PretrainingModel
-from arvideo_dist.picture import Page, reconstruction, reconstruction_rows, shown_frames
+from arvideo_dist.tasks.picture import Page, reconstruction, reconstruction_rows, shown_frames
 
 MAX_PAGES = 40  # of an animation: longer sequences (TokenGPT's 1567 steps) advance by several steps a page
 

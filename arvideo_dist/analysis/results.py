@@ -23,7 +23,7 @@ def write_results(files: Mapping[str, bytes], out: Storage, runs: Sequence[Stora
         out.write_bytes(name, content)
     lines = [f"{out.uri}/{name}" for name in files]
     if runs:
-        from arvideo_dist.tracking import tracker_of  # MLflow takes seconds to import
+        from arvideo_dist.train.tracking.runs import tracker_of  # MLflow takes seconds to import
 
         for run in {run.uri: run for run in runs}.values():
             try:

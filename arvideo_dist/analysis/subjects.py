@@ -15,11 +15,12 @@ from arvideo_dist.analysis import order as orders
 from arvideo_dist.analysis import reconstruct as predictions
 from arvideo_dist.analysis.clips import choose_source, load_clips
 from arvideo_dist.analysis.encoders import open_encoders
-from arvideo_dist.bench.report import environment
-from arvideo_dist.config import DataConfig, RunConfig
+from arvideo_dist.config.commands import RunConfig
+from arvideo_dist.config.data import DataConfig
 from arvideo_dist.data.loader import ClipSource
-from arvideo_dist.picture import gif, png
+from arvideo_dist.hardware import environment
 from arvideo_dist.storage import Storage
+from arvideo_dist.tasks.picture import gif, png
 from arvideo_dist.trained import Trained
 
 _SECONDS_A_PAGE = 0.8

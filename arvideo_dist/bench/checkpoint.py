@@ -30,14 +30,16 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
 
-from arvideo_dist.config import DecoderConfig, ModelConfig, OptimConfig, RunConfigSection, TrainConfig
+from arvideo_dist.config.model import DecoderConfig, ModelConfig
+from arvideo_dist.config.optim import OptimConfig, TrainConfig
+from arvideo_dist.config.run import RunConfigSection
 from arvideo_dist.data.loader import Batch
 from arvideo_dist.model.kinds import build_model
 from arvideo_dist.storage import Storage, sync
-from arvideo_dist.train import zero_state
-from arvideo_dist.train.checkpoint import KINDS
-from arvideo_dist.train.engine import Engine
-from arvideo_dist.train.saver import Saver
+from arvideo_dist.train.checkpoint.manifest import KINDS
+from arvideo_dist.train.checkpoint.saver import Saver
+from arvideo_dist.train.engine import zero_state
+from arvideo_dist.train.engine.engine import Engine
 
 
 @dataclass(frozen=True)

@@ -13,15 +13,15 @@ from pathlib import Path
 import psutil
 import torch
 
-from arvideo_dist.bench.report import cpu_name
 from arvideo_dist.checks.finding import Finding, Level
 from arvideo_dist.checks.memory import Memory
 from arvideo_dist.checks.needs import Needs
-from arvideo_dist.config import RunConfig
+from arvideo_dist.config.commands import RunConfig
+from arvideo_dist.config.sources import loader_options
 from arvideo_dist.data.index import index_cache
+from arvideo_dist.hardware import cpu_name
 from arvideo_dist.storage import Storage
-from arvideo_dist.train.checkpoint import FOLDER
-from arvideo_dist.train.data import loader_options
+from arvideo_dist.train.checkpoint.layout import FOLDER
 
 PACKAGES = ("arvideo-dist", "torch", "deepspeed", "ray", "mlflow", "pyarrow", "decord")
 

@@ -17,10 +17,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from arvideo_dist.config import RunConfig
+from arvideo_dist.config.commands import RunConfig
 from arvideo_dist.data.workers import PREFETCH_PER_WORKER
-from arvideo_dist.derived import Derived
 from arvideo_dist.storage import Storage
+from arvideo_dist.tasks.derived import Derived
 
 _FP32 = 4
 _BUCKET_NUMBERS = 500_000_000

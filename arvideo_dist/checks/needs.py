@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from arvideo_dist.checks.memory import Memory, batches_at_once, clip_bytes, memory_of
-from arvideo_dist.config import RunConfig
+from arvideo_dist.config.commands import RunConfig
 from arvideo_dist.data.shared import SLOTS, SMALL_BYTES
-from arvideo_dist.derived import Derived
+from arvideo_dist.tasks.derived import Derived
 
 # NCCL's shared-memory segment of one connection ("Error while creating shared memory segment ... (size
 # 9637888)" in its issues 290, 342, 525) times two channels and two directions.

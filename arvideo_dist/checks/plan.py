@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from arvideo_dist.checks.finding import Finding, Level
-from arvideo_dist.config import RunConfig
-from arvideo_dist.derived import Derived
+from arvideo_dist.config.commands import RunConfig
+from arvideo_dist.tasks.derived import Derived
 
 # Floating point operations a second of one worker in dense layers, more than any reaches: a time that follows from
 # these is a lower bound.

@@ -25,13 +25,13 @@ from arvideo_dist.checks.needs import needs_of
 from arvideo_dist.checks.network import check_clock
 from arvideo_dist.checks.plan import check_pace, check_plan
 from arvideo_dist.checks.stores import check_data, check_mlflow, check_shared, check_storage
-from arvideo_dist.config import RunConfig
-from arvideo_dist.derived import Derived
+from arvideo_dist.config.commands import RunConfig
 from arvideo_dist.storage import Storage
-from arvideo_dist.train import lease
-from arvideo_dist.train.checkpoint import complete_checkpoints
-from arvideo_dist.train.lease import Guard
-from arvideo_dist.train.stop import RunStoppedError
+from arvideo_dist.tasks.derived import Derived
+from arvideo_dist.train.checkpoint.layout import complete_checkpoints
+from arvideo_dist.train.run import lease
+from arvideo_dist.train.run.lease import Guard
+from arvideo_dist.train.run.stop import RunStoppedError
 
 _T = TypeVar("_T")
 
@@ -50,7 +50,7 @@ def check_driver(config: RunConfig) -> None:
     run = Storage(config.run.storage_path).child(config.run.name)
     _stop_at_errors(retried(lambda: check_data(config), _say), run)
     _stop_at_errors(retried(lambda: [check_storage(config, _STORAGE_BYTES)], _say), run)
-    from arvideo_dist.tracking import RUN_FILE, tracking_uri  # imports MLflow, which takes seconds
+    from arvideo_dist.train.tracking.runs import RUN_FILE, tracking_uri  # imports MLflow, which takes seconds
 
     uri = tracking_uri(config)
     if run.exists(RUN_FILE):

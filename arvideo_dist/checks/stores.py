@@ -14,10 +14,10 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from arvideo_dist.checks.finding import Finding, Level, of_os_error
-from arvideo_dist.config import RunConfig
+from arvideo_dist.config.commands import RunConfig
+from arvideo_dist.config.sources import training_sources, validation_source
 from arvideo_dist.data.index import DatasetManifest, FileEntry, load_manifest, manifest_name
 from arvideo_dist.storage import Storage, shown
-from arvideo_dist.train.data import training_sources, validation_source
 
 _SAMPLE = 8  # shards that a quick look takes, spread over the split
 _LOOKS_AT_ONCE = 16

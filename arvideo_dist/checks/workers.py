@@ -22,6 +22,7 @@ from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from arvideo_dist.checks import collective, network
+from arvideo_dist.checks.cluster import slots, worker_resources
 from arvideo_dist.checks.finding import Finding, Level, errors, of_os_error
 from arvideo_dist.checks.machine import check_machine, check_versions, device_kind, versions
 from arvideo_dist.checks.needs import Needs, needs_of
@@ -34,10 +35,9 @@ from arvideo_dist.checks.stores import (
     manifest_digests,
     scratch_folder,
 )
-from arvideo_dist.config import RunConfig
-from arvideo_dist.derived import Derived
+from arvideo_dist.config.commands import RunConfig
 from arvideo_dist.storage import Storage
-from arvideo_dist.train.nodes import slots, worker_resources
+from arvideo_dist.tasks.derived import Derived
 
 _STORAGE_BYTES = 8 * 2**20
 _PLACED_WITHIN_S = 60.0  # workers that fit

@@ -63,7 +63,7 @@ class ClipSource:
 
 @dataclass(frozen=True)
 class LoaderOptions:
-    """How samples are ordered, read and decoded; `arvideo_dist.config.DataConfig` says what each one means."""
+    """How samples are ordered, read and decoded; `config.data.DataConfig` says what each means."""
 
     repeats: int = 1
     repeat_windows: bool = False

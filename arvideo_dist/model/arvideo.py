@@ -11,7 +11,7 @@ import math
 import torch
 from torch import nn
 
-from arvideo_dist.config import DecoderConfig, ModelConfig
+from arvideo_dist.config.model import DecoderConfig, ModelConfig
 from arvideo_dist.model.clusters import Clusters
 from arvideo_dist.model.pretraining import PretrainingModel
 from arvideo_dist.model.vit import (

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from arvideo_dist.config import DecoderConfig, ModelConfig
+from arvideo_dist.config.model import DecoderConfig, ModelConfig
 from arvideo_dist.model.arvideo import ARVideo, make_clusters
 from arvideo_dist.model.pretraining import PretrainingModel, Sequences
 from arvideo_dist.model.randsac import RandSAC

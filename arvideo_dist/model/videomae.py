@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from arvideo_dist.config import DecoderConfig, ModelConfig
+from arvideo_dist.config.model import DecoderConfig, ModelConfig
 from arvideo_dist.model.clusters import PredictionStep
 from arvideo_dist.model.pretraining import PretrainingModel
 from arvideo_dist.model.vit import (

@@ -10,8 +10,8 @@ import torch
 import torch.distributed as dist
 
 from arvideo_dist.data.loader import Batch
-from arvideo_dist.train.monitor import name_ranks
-from arvideo_dist.train.stop import RunStoppedError
+from arvideo_dist.train.health.monitor import name_ranks
+from arvideo_dist.train.run.stop import RunStoppedError
 
 _NAMED_HOSTS = 8
 

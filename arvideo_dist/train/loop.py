@@ -20,37 +20,42 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
-from arvideo_dist.config import RunConfig
+from arvideo_dist.config.commands import RunConfig
+from arvideo_dist.config.sources import (
+    loader_options,
+    training_sources,
+    validation_options,
+    validation_source,
+)
 from arvideo_dist.data.index import load_manifest
 from arvideo_dist.data.loader import ClipLoader
-from arvideo_dist.derived import Derived
-from arvideo_dist.interchange import load_initial_encoder
+from arvideo_dist.model.interchange import load_initial_encoder
 from arvideo_dist.model.kinds import build_model
-from arvideo_dist.picture import png
 from arvideo_dist.storage import Storage, is_full, patiently, without_credentials
-from arvideo_dist.train import changes
-from arvideo_dist.train import checkpoint as checkpoints
-from arvideo_dist.train.activity import activity
+from arvideo_dist.tasks.derived import Derived
+from arvideo_dist.tasks.picture import png
 from arvideo_dist.train.agreement import agree, agree_on_data
-from arvideo_dist.train.audit import Audit
-from arvideo_dist.train.bad_samples import BadSamples
-from arvideo_dist.train.bad_steps import BadSteps
-from arvideo_dist.train.checkpoint import CheckpointError
-from arvideo_dist.train.data import loader_options, training_sources, validation_options, validation_source
-from arvideo_dist.train.deferred import DeferredWrites
-from arvideo_dist.train.engine import Engine, resolve_precision
-from arvideo_dist.train.lease import Guard
+from arvideo_dist.train.checkpoint import reader as checkpoints
+from arvideo_dist.train.checkpoint.manifest import CheckpointError, versions
+from arvideo_dist.train.checkpoint.saver import FAILED_TAG, Saver
+from arvideo_dist.train.checkpoint.seen import CHECKPOINT_TAG
+from arvideo_dist.train.engine.engine import Engine
+from arvideo_dist.train.engine.engine.schedule import plan_of
+from arvideo_dist.train.evaluation import validate, validation_line
+from arvideo_dist.train.health.activity import activity
 from arvideo_dist.train.progress import Meter, Stragglers, progress_line
-from arvideo_dist.train.saver import FAILED_TAG, Saver
-from arvideo_dist.train.schedule import plan_of
-from arvideo_dist.train.seen import CHECKPOINT_TAG
+from arvideo_dist.train.run import changes
+from arvideo_dist.train.run.lease import Guard
+from arvideo_dist.train.run.stop import RESULT, Interruption, RunStoppedError
+from arvideo_dist.train.run.watch import Watch
+from arvideo_dist.train.samples.audit import Audit
+from arvideo_dist.train.samples.bad_samples import BadSamples
+from arvideo_dist.train.samples.bad_steps import BadSteps
 from arvideo_dist.train.spikes import Spikes, spike_line
-from arvideo_dist.train.stop import RESULT, Interruption, RunStoppedError
-from arvideo_dist.train.validate import validate, validation_line
-from arvideo_dist.train.watch import Watch
+from arvideo_dist.train.tracking.deferred import DeferredWrites
 
 if TYPE_CHECKING:
-    from arvideo_dist.train.outbox import QueuedTracker  # imports MLflow, which only rank 0 needs
+    from arvideo_dist.train.tracking.outbox import QueuedTracker  # imports MLflow, which only rank 0 needs
 
 
 @dataclass(frozen=True)
@@ -86,7 +91,7 @@ def train(
     torch.manual_seed(config.run.seed)
     model = build_model(config.model, config.decoder)
     sequence = model.sequences.draw_sequence
-    digests, precision = changes.data_digests(config.data), resolve_precision(config.train, device)
+    digests, precision = changes.data_digests(config.data), config.train.precision_on(device.type)
     activity.together("compares its data with the other ranks")
     agree_on_data(digests, precision, control)
     activity.together("verifies and reads the checkpoint")
@@ -217,7 +222,7 @@ def train(
             "data_digests": digests,
             "precision": precision,
             "derived": asdict(derived),
-            "versions": checkpoints.versions(),
+            "versions": versions(),
         }
         saver.request(step, state)
 

@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 
 if TYPE_CHECKING:
-    from arvideo_dist.train.engine import ForwardTime
+    from arvideo_dist.train.engine.timing import ForwardTime
 
 _GIB = 2**30
 # What one rank's own time exceeds the median by costs the whole run as much as losing that share of its nodes.

@@ -8,11 +8,13 @@ import pytest
 import torch
 
 from arvideo_dist.analysis.clips import choose_source, load_clips
-from arvideo_dist.config import DecoderConfig, ModelConfig, OptimConfig, RunConfig
+from arvideo_dist.config.commands import RunConfig
+from arvideo_dist.config.model import DecoderConfig, ModelConfig
+from arvideo_dist.config.optim import OptimConfig
 from arvideo_dist.model.kinds import build_model
 from arvideo_dist.storage import Storage
-from arvideo_dist.tracking import open_run
-from arvideo_dist.train.engine import Engine
+from arvideo_dist.train.engine.engine import Engine
+from arvideo_dist.train.tracking.runs import open_run
 from tests.data.conftest import encode, write_dataset
 from tests.train.distributed import run_ranks, save_checkpoint
 

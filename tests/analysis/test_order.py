@@ -12,10 +12,10 @@ from PIL import Image
 
 from arvideo_dist.analysis.order import draw_orders, pages, strip
 from arvideo_dist.analyze import main
-from arvideo_dist.config import DecoderConfig, ModelConfig
+from arvideo_dist.config.model import DecoderConfig, ModelConfig
 from arvideo_dist.data.order import Stream, sample_generator
 from arvideo_dist.model.arvideo import make_clusters
-from arvideo_dist.picture import Page
+from arvideo_dist.tasks.picture import Page
 
 PAPER, DECODER = ModelConfig(), DecoderConfig()
 

@@ -17,11 +17,11 @@ from PIL import Image
 from arvideo_dist.analysis.clips import choose_source, load_clips
 from arvideo_dist.analysis.reconstruct import Predicted, pages, predict
 from arvideo_dist.analyze import main
-from arvideo_dist.config import ModelConfig
+from arvideo_dist.config.model import ModelConfig
 from arvideo_dist.model.clusters import Clusters, PredictionStep
 from arvideo_dist.model.pretraining import restore_pixels
 from arvideo_dist.model.vit import to_cubes
-from arvideo_dist.picture import Page, gif
+from arvideo_dist.tasks.picture import Page, gif
 from arvideo_dist.trained import open_trained
 from tests.analysis.conftest import CLIPS, MODELS, run_config
 

@@ -10,7 +10,7 @@ from types import ModuleType
 import pytest
 import torch
 
-from arvideo_dist.config import DecoderConfig, ModelConfig
+from arvideo_dist.config.model import DecoderConfig, ModelConfig
 from tests.conftest import ROOT
 from tests.train.distributed import run_ranks
 
@@ -55,7 +55,7 @@ def test_script_needs_only_torch_pydantic_and_deepspeed() -> None:
     code = (
         f"import sys; sys.modules.update(dict.fromkeys({absent!r})); sys.path.insert(0, {str(ROOT)!r})\n"
         f"import runpy; runpy.run_path({str(SCRIPT)!r}, run_name='loaded')\n"
-        "import arvideo_dist.train.engine\n"
+        "import arvideo_dist.train.engine.engine\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
 

@@ -21,7 +21,7 @@ from arvideo_dist import pretrain
 from arvideo_dist.checks import start
 from arvideo_dist.checks.finding import Finding
 from arvideo_dist.checks.stores import check_mlflow, check_storage
-from arvideo_dist.config import RunConfig
+from arvideo_dist.config.commands import RunConfig
 from arvideo_dist.storage import Storage
 from tests.data.conftest import FRAMES, write_dataset
 from tests.services.s3 import S3

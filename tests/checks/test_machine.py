@@ -21,10 +21,10 @@ from arvideo_dist.checks.machine import (
 )
 from arvideo_dist.checks.memory import NOTHING
 from arvideo_dist.checks.needs import Needs, needs_of
-from arvideo_dist.config import RunConfig
+from arvideo_dist.config.commands import RunConfig
 from arvideo_dist.data.shared import SLOTS
-from arvideo_dist.derived import derive
-from arvideo_dist.train.checkpoint import FOLDER
+from arvideo_dist.tasks.derived import derive
+from arvideo_dist.train.checkpoint.layout import FOLDER
 
 MIB = 2**20
 NONE = Needs(shm=0, shm_for_large_batches=0, memory=NOTHING, device_memory=NOTHING, index=0, shard_cache=0)

@@ -12,8 +12,8 @@ from arvideo_dist.checks.finding import Level
 from arvideo_dist.checks.machine import check_memory, judge_device_memory
 from arvideo_dist.checks.memory import NOTHING, Memory, memory_of
 from arvideo_dist.checks.needs import needs_of
-from arvideo_dist.config import RunConfig
-from arvideo_dist.derived import Derived, derive
+from arvideo_dist.config.commands import RunConfig
+from arvideo_dist.tasks.derived import Derived, derive
 
 GIB = 2**30
 

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from arvideo_dist.checks.plan import check_pace, check_plan
-from arvideo_dist.config import RunConfig
-from arvideo_dist.derived import derive
+from arvideo_dist.config.commands import RunConfig
+from arvideo_dist.tasks.derived import derive
 
 
 def _config(**sections: Any) -> RunConfig:

@@ -14,13 +14,13 @@ import torch.distributed as dist
 from arvideo_dist.checks import finding, machine, start
 from arvideo_dist.checks.finding import Finding, Level
 from arvideo_dist.checks.start import check_driver, check_run, check_workers_start
-from arvideo_dist.config import RunConfig
-from arvideo_dist.derived import derive
+from arvideo_dist.config.commands import RunConfig
 from arvideo_dist.storage import Storage
-from arvideo_dist.tracking import RUN_FILE
-from arvideo_dist.train.checkpoint import FOLDER, MANIFEST
-from arvideo_dist.train.lease import Guard, acquire
-from arvideo_dist.train.stop import RunStoppedError
+from arvideo_dist.tasks.derived import derive
+from arvideo_dist.train.checkpoint.layout import FOLDER, MANIFEST
+from arvideo_dist.train.run.lease import Guard, acquire
+from arvideo_dist.train.run.stop import RunStoppedError
+from arvideo_dist.train.tracking.runs import RUN_FILE
 from tests.data.conftest import FRAMES, write_dataset
 from tests.services.disk import small_disk
 from tests.train.distributed import run_ranks

@@ -23,7 +23,7 @@ from arvideo_dist.checks.stores import (
     check_storage,
     manifest_digests,
 )
-from arvideo_dist.config import RunConfig
+from arvideo_dist.config.commands import RunConfig
 from arvideo_dist.data.index import manifest_name
 from arvideo_dist.storage import Storage
 from tests.data.conftest import FRAMES, write_dataset

@@ -13,10 +13,11 @@ import ray
 
 from arvideo_dist import preflight
 from arvideo_dist.checks import workers
+from arvideo_dist.checks.cluster import slots
 from arvideo_dist.checks.finding import Finding, Level, errors
-from arvideo_dist.checks.workers import check_workers, slots
-from arvideo_dist.config import RunConfig
-from arvideo_dist.derived import derive
+from arvideo_dist.checks.workers import check_workers
+from arvideo_dist.config.commands import RunConfig
+from arvideo_dist.tasks.derived import derive
 from tests import warm
 from tests.data.conftest import FRAMES, write_dataset
 from tests.train.runs import TINY, write_config

@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from arvideo_dist.settings import CONFIG_ENV, ENV_PREFIX
+from arvideo_dist.config.settings import CONFIG_ENV, ENV_PREFIX
 
 
 @pytest.fixture(autouse=True)

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from arvideo_dist.config import RunConfig
-from arvideo_dist.derived import derive
-from arvideo_dist.settings import read_config
+from arvideo_dist.config.commands import RunConfig
+from arvideo_dist.config.settings import read_config
+from arvideo_dist.tasks.derived import derive
 
 JOBS = Path(__file__).resolve().parents[2] / "jobs"
 

@@ -12,8 +12,8 @@ import manifest_checks as checks
 import pytest
 from manifest_checks import ROOT, Doc, load_manifests, named
 
-from arvideo_dist.config import RunConfig
-from arvideo_dist.settings import read_config
+from arvideo_dist.config.commands import RunConfig
+from arvideo_dist.config.settings import read_config
 
 PINS = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().split())
 VERSION = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]

@@ -15,9 +15,9 @@ import pytest
 from manifest_checks import load_manifests, named
 from mlflow.tracking import MlflowClient
 
-from arvideo_dist.config import RunConfig
+from arvideo_dist.config.commands import RunConfig
 from arvideo_dist.storage import Storage
-from arvideo_dist.tracking import Tracker, close_run, open_run, tracking_uri
+from arvideo_dist.train.tracking.runs import Tracker, close_run, open_run, tracking_uri
 
 
 def _free_port() -> int:

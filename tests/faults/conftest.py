@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from arvideo_dist.bench.report import environment, write_json
+from arvideo_dist.hardware import environment, write_json
 from tests.faults.runs import SAVE_EVERY, STEPS, Layout, Run, check_nothing_was_lost, write_run
 from tests.train.runs import make_data
 

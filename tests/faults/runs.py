@@ -11,7 +11,7 @@ from typing import Any
 from mlflow.tracking import MlflowClient
 
 from arvideo_dist.storage import Storage
-from arvideo_dist.train.audit import applied_places
+from arvideo_dist.train.samples.audit import applied_places
 from tests.services.mlflow_server import new_database
 from tests.train.runs import TINY, PretrainProcess, write_config
 

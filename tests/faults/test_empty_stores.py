@@ -12,7 +12,7 @@ import psutil
 import pytest
 from ray.cluster_utils import Cluster
 
-from arvideo_dist.train.checkpoint import complete_checkpoints
+from arvideo_dist.train.checkpoint.layout import complete_checkpoints
 from tests.faults.runs import LAYOUTS, Run, write_run
 from tests.services.mounts import Mount, OtherHost, mounted
 

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from arvideo_dist.train.checkpoint import FOLDER, Checkpoint, complete_checkpoints
+from arvideo_dist.train.checkpoint.layout import FOLDER, complete_checkpoints
+from arvideo_dist.train.checkpoint.reader import Checkpoint
 from tests.faults.runs import FAULT_AT, LAYOUTS, STEPS, write_run
 from tests.faults.test_services import fill
 from tests.services.disk import small_disk

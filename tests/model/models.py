@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from arvideo_dist.config import DecoderConfig, ModelConfig
+from arvideo_dist.config.model import DecoderConfig, ModelConfig
 from arvideo_dist.model.arvideo import ARVideo
 from arvideo_dist.model.kinds import build_model
 from arvideo_dist.model.vit import from_cubes, to_cubes

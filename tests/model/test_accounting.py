@@ -10,10 +10,10 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from arvideo_dist.activations import activation_bytes_per_clip, activation_bytes_per_pass
-from arvideo_dist.config import DecoderConfig, ModelConfig
-from arvideo_dist.flops import forward_backward_flops, parameter_count
+from arvideo_dist.config.model import DecoderConfig, ModelConfig
 from arvideo_dist.model.kinds import build_model, make_sequences
+from arvideo_dist.tasks.activations import activation_bytes_per_clip, activation_bytes_per_pass
+from arvideo_dist.tasks.flops import forward_backward_flops, parameter_count
 
 PIXELS = {
     "frames": 8, "image_size": 14, "tubelet": (1, 1, 1), "cluster": (1, 1, 1), "target_norm": "none",

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from arvideo_dist.config import DecoderConfig
+from arvideo_dist.config.model import DecoderConfig
 from arvideo_dist.model.arvideo import ARVideo
 from arvideo_dist.model.pretraining import cube_targets, restore_pixels
 from arvideo_dist.model.vit import from_cubes, sinusoid_positions, to_cubes

@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from arvideo_dist.config import DecoderConfig, ModelConfig, RunConfig
-from arvideo_dist.derived import derive
+from arvideo_dist.config.commands import RunConfig
+from arvideo_dist.config.model import DecoderConfig, ModelConfig
 from arvideo_dist.model.kinds import build_model
 from arvideo_dist.model.vit import ENCODER_SIZES, EncoderSize
+from arvideo_dist.tasks.derived import derive
 from tests.model.models import check_no_leak, make
 
 DECODER = DecoderConfig(width=64, depth=1)

@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 import torch
 
-from arvideo_dist.config import DecoderConfig, ModelConfig, RunConfig
-from arvideo_dist.derived import derive
+from arvideo_dist.config.commands import RunConfig
+from arvideo_dist.config.model import DecoderConfig, ModelConfig
+from arvideo_dist.config.settings import read_config
 from arvideo_dist.model.kinds import build_model
 from arvideo_dist.model.vit import ENCODER_SIZES, EncoderSize
-from arvideo_dist.settings import read_config
+from arvideo_dist.tasks.derived import derive
 
 PAPER = Path(__file__).resolve().parents[2] / "jobs" / "paper"
 # Encoder tokens, decoder queries and epochs by hand: of K clusters of n = k_t k_h k_w of the 8 x 14 x 14 tokens

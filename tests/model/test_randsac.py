@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from arvideo_dist.config import ModelConfig
+from arvideo_dist.config.model import ModelConfig
 from arvideo_dist.model.randsac import RandSAC, SkipConnections
 from tests.model.models import SELF_ATTENTION, make
 

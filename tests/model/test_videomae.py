@@ -9,13 +9,14 @@ import pytest
 import torch
 from transformers import VideoMAEConfig, VideoMAEForPreTraining
 
-from arvideo_dist.config import DecoderConfig, ModelConfig, RunConfig
-from arvideo_dist.derived import derive
+from arvideo_dist.config.commands import RunConfig
+from arvideo_dist.config.model import DecoderConfig, ModelConfig
 from arvideo_dist.model.kinds import build_model
 from arvideo_dist.model.layouts import to_encoder
 from arvideo_dist.model.pretraining import IMAGENET_MEAN, IMAGENET_STD
 from arvideo_dist.model.videomae import TubeMasking, VideoMAE
 from arvideo_dist.model.vit import from_cubes, to_cubes
+from arvideo_dist.tasks.derived import derive
 
 DECODER = DecoderConfig(width=64, depth=2, head_width=32)
 

@@ -14,10 +14,10 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from arvideo_dist.config import RunConfigSection
+from arvideo_dist.config.run import RunConfigSection
 from arvideo_dist.storage import Storage
-from arvideo_dist.train.engine import Engine
-from arvideo_dist.train.saver import Saver
+from arvideo_dist.train.checkpoint.saver import Saver
+from arvideo_dist.train.engine.engine import Engine
 from tests import warm
 
 

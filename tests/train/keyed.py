@@ -9,18 +9,20 @@ from unittest import mock
 import numpy as np
 import torch
 import torch.distributed as dist
+from arvideo_dist.train.engine.engine.schedule import learning_rate
 
-from arvideo_dist.config import DecoderConfig, ModelConfig, OptimConfig, TrainConfig
+from arvideo_dist.config.model import DecoderConfig, ModelConfig
+from arvideo_dist.config.optim import OptimConfig, TrainConfig
 from arvideo_dist.data.loader import Batch
 from arvideo_dist.data.order import places_of_rank
 from arvideo_dist.model.arvideo import ARVideo
 from arvideo_dist.model.kinds import make_sequences
 from arvideo_dist.model.vit import ENCODER_SIZES, EncoderSize
 from arvideo_dist.storage import Storage
-from arvideo_dist.train.checkpoint import Checkpoint, complete_checkpoints
-from arvideo_dist.train.engine import Engine
-from arvideo_dist.train.saver import Saver
-from arvideo_dist.train.schedule import learning_rate
+from arvideo_dist.train.checkpoint.layout import complete_checkpoints
+from arvideo_dist.train.checkpoint.reader import Checkpoint
+from arvideo_dist.train.checkpoint.saver import Saver
+from arvideo_dist.train.engine.engine import Engine
 
 MODEL = ModelConfig(
     encoder="demo", frames=4, image_size=16, tubelet=(2, 8, 8), cluster=(1, 1, 2), mask_ratio=0.5

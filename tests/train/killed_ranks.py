@@ -13,7 +13,8 @@ import torch
 import torch.distributed as dist
 
 from arvideo_dist.storage import Storage
-from arvideo_dist.train.checkpoint import FOLDER, Checkpoint, open_newest_whole
+from arvideo_dist.train.checkpoint.layout import FOLDER
+from arvideo_dist.train.checkpoint.reader import Checkpoint, open_newest_whole
 from tests.train.distributed import make_saver
 from tests.train.keyed import GLOBAL_BATCH, new_engine, new_model, state_at, train_steps
 

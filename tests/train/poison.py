@@ -10,7 +10,7 @@ from unittest import mock
 import torch
 
 from arvideo_dist.model.pretraining import Output
-from arvideo_dist.train.engine import Engine
+from arvideo_dist.train.engine.engine import Engine
 
 
 @contextmanager

@@ -12,13 +12,14 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 
-from arvideo_dist.config import RunConfig
+from arvideo_dist.config.commands import RunConfig
+from arvideo_dist.config.folder import run_folder
+from arvideo_dist.launch.start import derive_checked
 from arvideo_dist.model.vit import ENCODER_SIZES, EncoderSize
-from arvideo_dist.train.launch import derive_checked, run_folder
-from arvideo_dist.train.lease import acquire
 from arvideo_dist.train.loop import Task, train
-from arvideo_dist.train.stop import RunStoppedError
-from arvideo_dist.train.watch import Watch
+from arvideo_dist.train.run.lease import acquire
+from arvideo_dist.train.run.stop import RunStoppedError
+from arvideo_dist.train.run.watch import Watch
 from tests.data.conftest import encode, write_dataset
 from tests.train.distributed import run_ranks
 from tests.train.keyed import DECODER, MODEL

@@ -11,8 +11,8 @@ import torch.distributed as dist
 from arvideo_dist.data.loader import Batch
 from arvideo_dist.data.order import places_of_rank
 from arvideo_dist.storage import Storage
-from arvideo_dist.train.audit import Audit, applied_places
-from arvideo_dist.train.lease import Guard, acquire
+from arvideo_dist.train.run.lease import Guard, acquire
+from arvideo_dist.train.samples.audit import Audit, applied_places
 from tests.train.distributed import run_ranks
 
 GLOBAL_BATCH, MICRO_BATCH = 10, 2

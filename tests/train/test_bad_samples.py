@@ -12,9 +12,9 @@ import torch.distributed as dist
 
 from arvideo_dist.data.loader import BadRecord
 from arvideo_dist.storage import Storage
-from arvideo_dist.train.bad_samples import ARTIFACT, BadSamples
-from arvideo_dist.train.deferred import DeferredWrites
-from arvideo_dist.train.stop import RunStoppedError
+from arvideo_dist.train.run.stop import RunStoppedError
+from arvideo_dist.train.samples.bad_samples import ARTIFACT, BadSamples
+from arvideo_dist.train.tracking.deferred import DeferredWrites
 from tests.train.distributed import run_ranks
 from tests.train.keyed import micro_batch
 

@@ -22,24 +22,27 @@ import torch.distributed as dist
 from mlflow.tracking import MlflowClient
 from safetensors.torch import load_file
 
-from arvideo_dist import tracking
-from arvideo_dist.config import OptimConfig, RunConfig, TrainConfig
+from arvideo_dist.config.commands import RunConfig
+from arvideo_dist.config.folder import run_folder
+from arvideo_dist.config.optim import OptimConfig, TrainConfig
+from arvideo_dist.launch.start import derive_checked
 from arvideo_dist.model.vit import ENCODER_SIZES, EncoderSize
 from arvideo_dist.storage import Storage
-from arvideo_dist.train import zero_state
-from arvideo_dist.train.audit import Audit, applied_places
-from arvideo_dist.train.bad_steps import ROLLBACKS_TAG, BadSteps
-from arvideo_dist.train.checkpoint import Checkpoint
-from arvideo_dist.train.deferred import DeferredWrites
-from arvideo_dist.train.engine import Engine
-from arvideo_dist.train.launch import derive_checked, run_folder
-from arvideo_dist.train.lease import Guard, acquire
+from arvideo_dist.train.checkpoint.layout import FOLDER, complete_checkpoints
+from arvideo_dist.train.checkpoint.reader import Checkpoint
+from arvideo_dist.train.checkpoint.retention import weights_step
+from arvideo_dist.train.checkpoint.seen import CHECKPOINT_TAG
+from arvideo_dist.train.engine import zero_state
+from arvideo_dist.train.engine.engine import Engine
 from arvideo_dist.train.loop import Task, train
-from arvideo_dist.train.outbox import QueuedTracker
-from arvideo_dist.train.retention import FOLDER, complete_checkpoints, weights_step
-from arvideo_dist.train.seen import CHECKPOINT_TAG
-from arvideo_dist.train.stop import Interruption, RunStoppedError
-from arvideo_dist.train.watch import Watch
+from arvideo_dist.train.run.lease import Guard, acquire
+from arvideo_dist.train.run.stop import Interruption, RunStoppedError
+from arvideo_dist.train.run.watch import Watch
+from arvideo_dist.train.samples.audit import Audit, applied_places
+from arvideo_dist.train.samples.bad_steps import ROLLBACKS_TAG, BadSteps
+from arvideo_dist.train.tracking import runs as tracking
+from arvideo_dist.train.tracking.deferred import DeferredWrites
+from arvideo_dist.train.tracking.outbox import QueuedTracker
 from tests.conftest import ROOT
 from tests.data.conftest import encode, write_dataset
 from tests.train.distributed import make_saver, run_ranks

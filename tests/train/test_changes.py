@@ -9,11 +9,14 @@ from typing import Any
 
 import pytest
 
-from arvideo_dist.config import RunConfig
+from arvideo_dist.config.commands import RunConfig
 from arvideo_dist.data.index import FileEntry
-from arvideo_dist.flops import parameter_shapes
+from arvideo_dist.launch.start import check_resume
 from arvideo_dist.storage import Storage
-from arvideo_dist.train.changes import (
+from arvideo_dist.tasks.flops import parameter_shapes
+from arvideo_dist.train.checkpoint.layout import FOLDER, MANIFEST, STATE, checkpoint_name
+from arvideo_dist.train.checkpoint.manifest import CheckpointManifest
+from arvideo_dist.train.run.changes import (
     ALTERING,
     FREE,
     RESHAPING,
@@ -21,9 +24,6 @@ from arvideo_dist.train.changes import (
     data_digests,
     refuse_changes,
 )
-from arvideo_dist.train.checkpoint import CheckpointManifest
-from arvideo_dist.train.launch import check_resume
-from arvideo_dist.train.retention import FOLDER, MANIFEST, STATE, checkpoint_name
 from tests.data.conftest import FRAMES, write_dataset
 
 
@@ -45,7 +45,7 @@ def test_every_field_of_the_configuration_is_classified_once() -> None:
         for section, info in RunConfig.model_fields.items()
         for name in info.annotation.model_fields
     }
-    assert fields == ALTERING | FREE, "classify a new field in arvideo_dist/train/changes.py"
+    assert fields == ALTERING | FREE, "classify a new field in arvideo_dist/train/run/changes.py"
     assert not ALTERING & FREE
 
 

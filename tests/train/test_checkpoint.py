@@ -13,22 +13,19 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from arvideo_dist.config import DecoderConfig, ModelConfig, OptimConfig, TrainConfig
+from arvideo_dist.config.model import DecoderConfig, ModelConfig
+from arvideo_dist.config.optim import OptimConfig, TrainConfig
 from arvideo_dist.model.arvideo import ARVideo
 from arvideo_dist.storage import Storage
-from arvideo_dist.train import checkpoint as checkpoint_module
-from arvideo_dist.train import parts, zero_state
-from arvideo_dist.train.activity import activity
-from arvideo_dist.train.checkpoint import (
-    FOLDER,
-    MANIFEST,
-    Checkpoint,
-    CheckpointError,
-    complete_checkpoints,
-    open_newest_whole,
-)
-from arvideo_dist.train.engine import Engine
-from arvideo_dist.train.stop import RunStoppedError
+from arvideo_dist.train.checkpoint import parts
+from arvideo_dist.train.checkpoint import reader as checkpoint_module
+from arvideo_dist.train.checkpoint.layout import FOLDER, MANIFEST, complete_checkpoints
+from arvideo_dist.train.checkpoint.manifest import CheckpointError
+from arvideo_dist.train.checkpoint.reader import Checkpoint, open_newest_whole
+from arvideo_dist.train.engine import zero_state
+from arvideo_dist.train.engine.engine import Engine
+from arvideo_dist.train.health.activity import activity
+from arvideo_dist.train.run.stop import RunStoppedError
 from tests.services.relays import Counts
 from tests.services.s3 import S3
 from tests.train.distributed import make_saver, run_ranks

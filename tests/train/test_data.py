@@ -8,16 +8,16 @@ import numpy as np
 import pytest
 from pydantic import ValidationError
 
-from arvideo_dist.config import DataConfig
-from arvideo_dist.data.loader import ClipSamples
-from arvideo_dist.storage import Storage
-from arvideo_dist.train.data import (
+from arvideo_dist.config.data import DataConfig
+from arvideo_dist.config.sources import (
     clips_per_epoch,
     loader_options,
     training_sources,
     validation_options,
     validation_source,
 )
+from arvideo_dist.data.loader import ClipSamples
+from arvideo_dist.storage import Storage
 from tests.data.conftest import FRAMES, write_dataset
 from tests.data.in_workers import draw_ids
 

@@ -19,7 +19,7 @@ from mlflow.tracking import MlflowClient
 from ray.cluster_utils import Cluster
 
 from arvideo_dist.storage import Storage
-from arvideo_dist.train.audit import applied_places
+from arvideo_dist.train.samples.audit import applied_places
 from tests import warm
 from tests.services.mlflow_server import new_database
 from tests.train.runs import TINY, PretrainProcess, demand, history, make_data, write_config

@@ -15,20 +15,22 @@ from unittest import mock
 import pytest
 import torch.distributed as dist
 
-from arvideo_dist.config import RunConfigSection
+from arvideo_dist.config.run import RunConfigSection
 from arvideo_dist.data.loader import BadRecord
 from arvideo_dist.storage import Storage, patiently
-from arvideo_dist.train import audit as audit_module
-from arvideo_dist.train import saver as saver_module
 from arvideo_dist.train.agreement import agree
-from arvideo_dist.train.audit import Audit, applied_places
-from arvideo_dist.train.bad_samples import ARTIFACT, BadSamples
-from arvideo_dist.train.checkpoint import FOLDER, Checkpoint, CheckpointError, complete_checkpoints
-from arvideo_dist.train.deferred import DeferredWrites
-from arvideo_dist.train.engine import Engine
-from arvideo_dist.train.lease import LeaseLostError, acquire
-from arvideo_dist.train.saver import Saver
-from arvideo_dist.train.stop import RunStoppedError
+from arvideo_dist.train.checkpoint import saver as saver_module
+from arvideo_dist.train.checkpoint.layout import FOLDER, complete_checkpoints
+from arvideo_dist.train.checkpoint.manifest import CheckpointError
+from arvideo_dist.train.checkpoint.reader import Checkpoint
+from arvideo_dist.train.checkpoint.saver import Saver
+from arvideo_dist.train.engine.engine import Engine
+from arvideo_dist.train.run.lease import LeaseLostError, acquire
+from arvideo_dist.train.run.stop import RunStoppedError
+from arvideo_dist.train.samples import audit as audit_module
+from arvideo_dist.train.samples.audit import Audit, applied_places
+from arvideo_dist.train.samples.bad_samples import ARTIFACT, BadSamples
+from arvideo_dist.train.tracking.deferred import DeferredWrites
 from tests.services.disk import small_disk
 from tests.services.relays import CutOff
 from tests.services.s3 import S3

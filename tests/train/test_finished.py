@@ -11,19 +11,21 @@ import pytest
 from mlflow.tracking import MlflowClient
 
 from arvideo_dist import pretrain
-from arvideo_dist.config import RunConfig
+from arvideo_dist.config.commands import RunConfig
+from arvideo_dist.config.folder import run_folder
 from arvideo_dist.data.index import FileEntry
-from arvideo_dist.derived import derive
+from arvideo_dist.launch import finished
+from arvideo_dist.launch.finished import already_finished
+from arvideo_dist.launch.start import check_resume
 from arvideo_dist.storage import Storage
-from arvideo_dist.tracking import close_run, open_run, tracking_uri
-from arvideo_dist.train import finished, outbox
-from arvideo_dist.train.changes import data_digests
-from arvideo_dist.train.checkpoint import CheckpointManifest
-from arvideo_dist.train.finished import already_finished
-from arvideo_dist.train.launch import check_resume, run_folder
-from arvideo_dist.train.outbox import Points
-from arvideo_dist.train.retention import FOLDER, MANIFEST, STATE, checkpoint_name
-from arvideo_dist.train.stop import RESULT
+from arvideo_dist.tasks.derived import derive
+from arvideo_dist.train.checkpoint.layout import FOLDER, MANIFEST, STATE, checkpoint_name
+from arvideo_dist.train.checkpoint.manifest import CheckpointManifest
+from arvideo_dist.train.run.changes import data_digests
+from arvideo_dist.train.run.stop import RESULT
+from arvideo_dist.train.tracking import outbox
+from arvideo_dist.train.tracking.outbox import Points
+from arvideo_dist.train.tracking.runs import close_run, open_run, tracking_uri
 from tests.data.conftest import FRAMES, write_dataset
 from tests.train.runs import TINY
 

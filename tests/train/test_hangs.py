@@ -18,11 +18,12 @@ import ray
 import torch.distributed as dist
 from mlflow.tracking import MlflowClient
 
+from arvideo_dist.launch.hangs import TAG, HangWatch
+from arvideo_dist.launch.worker import heartbeat
 from arvideo_dist.storage import Storage
-from arvideo_dist.train.activity import activity
-from arvideo_dist.train.heartbeat import Heartbeat
-from arvideo_dist.train.lease import Guard, acquire
-from arvideo_dist.train.monitor import FOLDER, TAG, Beat, Hang, HangWatch
+from arvideo_dist.train.health.activity import activity
+from arvideo_dist.train.health.monitor import FOLDER, Beat, Hang
+from arvideo_dist.train.run.lease import Guard, acquire
 from tests import warm
 from tests.services.mlflow_server import new_database
 from tests.train.runs import TINY, PretrainProcess, history, make_data, write_config
@@ -73,7 +74,7 @@ class _Rank:
         return os.getpid()
 
     def wait(self, monitor: Any, guard: Guard, workers: str, *, stopped: bool) -> None:
-        with Heartbeat(monitor, guard.storage(), hung_s=10.0, workers=workers) as heart:
+        with heartbeat(monitor, guard.storage(), hung_s=10.0, workers=workers) as heart:
             activity.together("optimiser step")
             heart._tell(left=False)  # the monitor has heard it when this returns
             if stopped:

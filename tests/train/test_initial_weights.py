@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 
 from arvideo_dist import pretrain
-from arvideo_dist.config import RunConfig
-from arvideo_dist.derived import derive
+from arvideo_dist.config.commands import RunConfig
 from arvideo_dist.storage import Storage
-from arvideo_dist.train.retention import FOLDER, MANIFEST
-from arvideo_dist.train.stop import RunStoppedError
+from arvideo_dist.tasks.derived import derive
+from arvideo_dist.train.checkpoint.layout import FOLDER, MANIFEST
+from arvideo_dist.train.run.stop import RunStoppedError
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ import pytest
 from mlflow.tracking import MlflowClient
 
 from arvideo_dist.storage import Storage
-from arvideo_dist.train.checkpoint import complete_checkpoints
+from arvideo_dist.train.checkpoint.layout import complete_checkpoints
 from tests.services.mlflow_server import new_database
 from tests.train.runs import TINY, PretrainProcess, history, make_data, write_config
 

@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 from arvideo_dist.storage import Storage
-from arvideo_dist.train.checkpoint import FOLDER, Checkpoint, complete_checkpoints, step_of
+from arvideo_dist.train.checkpoint.layout import FOLDER, complete_checkpoints, step_of
+from arvideo_dist.train.checkpoint.reader import Checkpoint
 from tests import warm
 from tests.services.s3 import S3
 from tests.train.killed_ranks import MOMENTS, SAVE_EVERY, train_until_killed

@@ -7,11 +7,13 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from arvideo_dist.config import DecoderConfig, ModelConfig, OptimConfig, TrainConfig
+from arvideo_dist.config.model import DecoderConfig, ModelConfig
+from arvideo_dist.config.optim import OptimConfig, TrainConfig
 from arvideo_dist.data.loader import Batch
 from arvideo_dist.model.kinds import build_model
 from arvideo_dist.model.pretraining import PretrainingModel
-from arvideo_dist.train.engine import Engine, parameter_groups
+from arvideo_dist.train.engine.engine import Engine
+from arvideo_dist.train.engine.groups import parameter_groups
 from tests.train.distributed import run_ranks
 
 CLIP = {"encoder": "demo", "frames": 4, "image_size": 16, "tubelet": (2, 8, 8)}

@@ -14,14 +14,15 @@ import ray.train.torch
 from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
 from ray.train.v2.api.preemption import PreemptionInfo
 
-from arvideo_dist.config import RunConfig
+from arvideo_dist.config.commands import RunConfig
 from arvideo_dist.data.index import manifest_name
-from arvideo_dist.derived import derive
+from arvideo_dist.launch import driver as launch
+from arvideo_dist.launch import nodes
 from arvideo_dist.storage import Storage
-from arvideo_dist.train import launch, nodes
-from arvideo_dist.train.lease import acquire
-from arvideo_dist.train.retention import FOLDER, MANIFEST
-from arvideo_dist.train.stop import CrashLoopError, Interruption, RunInterruptedError
+from arvideo_dist.tasks.derived import derive
+from arvideo_dist.train.checkpoint.layout import FOLDER, MANIFEST
+from arvideo_dist.train.run.lease import acquire
+from arvideo_dist.train.run.stop import CrashLoopError, Interruption, RunInterruptedError
 
 
 class _NoWatch(contextlib.nullcontext):

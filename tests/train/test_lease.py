@@ -15,17 +15,17 @@ from pathlib import Path
 
 import pytest
 
+from arvideo_dist.launch.preemption import wait_to_restart
 from arvideo_dist.storage import Storage
-from arvideo_dist.train import lease as lease_module
-from arvideo_dist.train.lease import FOLDER, Guard, Lease, LeaseHeldError, LeaseLostError, acquire
-from arvideo_dist.train.preemption import wait_to_restart
-from arvideo_dist.train.stop import RunInterruptedError
+from arvideo_dist.train.run import lease as lease_module
+from arvideo_dist.train.run.lease import FOLDER, Guard, Lease, LeaseHeldError, LeaseLostError, acquire
+from arvideo_dist.train.run.stop import RunInterruptedError
 from tests.services.s3 import S3
 
 HOLD = """
 import sys, threading
 from arvideo_dist.storage import Storage
-from arvideo_dist.train.lease import acquire
+from arvideo_dist.train.run.lease import acquire
 with acquire(Storage(sys.argv[1]), float(sys.argv[2])) as lease:
     print("held", flush=True)
     sys.stdin.read()

@@ -18,19 +18,21 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import torch.distributed as dist
+from arvideo_dist.train.engine.engine.schedule import learning_rate, plan_of
 
-from arvideo_dist.config import RunConfig
+from arvideo_dist.config.commands import RunConfig
+from arvideo_dist.config.folder import run_folder
+from arvideo_dist.launch.start import derive_checked
 from arvideo_dist.model.vit import ENCODER_SIZES, EncoderSize
 from arvideo_dist.storage import Storage
-from arvideo_dist.train.audit import applied_places
-from arvideo_dist.train.checkpoint import Checkpoint, complete_checkpoints
-from arvideo_dist.train.engine import Engine
-from arvideo_dist.train.launch import derive_checked, run_folder
-from arvideo_dist.train.lease import Guard, acquire
+from arvideo_dist.train.checkpoint.layout import complete_checkpoints
+from arvideo_dist.train.checkpoint.reader import Checkpoint
+from arvideo_dist.train.engine.engine import Engine
 from arvideo_dist.train.loop import Task, train
-from arvideo_dist.train.schedule import learning_rate, plan_of
-from arvideo_dist.train.stop import RESULT, Interruption, RunStoppedError
-from arvideo_dist.train.watch import Watch
+from arvideo_dist.train.run.lease import Guard, acquire
+from arvideo_dist.train.run.stop import RESULT, Interruption, RunStoppedError
+from arvideo_dist.train.run.watch import Watch
+from arvideo_dist.train.samples.audit import applied_places
 from tests.data.conftest import encode, write_dataset
 from tests.train.distributed import run_ranks
 from tests.train.keyed import DECODER, MODEL

@@ -10,9 +10,10 @@ from dataclasses import replace
 
 import pytest
 
-from arvideo_dist.train.activity import Activity
-from arvideo_dist.train.lease import process_identity
-from arvideo_dist.train.monitor import Beat, Hang, Monitor, autopsy, judge, seconds_between_beats
+from arvideo_dist.launch.hangs import autopsy
+from arvideo_dist.processes import process_identity
+from arvideo_dist.train.health.activity import Activity
+from arvideo_dist.train.health.monitor import Beat, Hang, Monitor, judge, seconds_between_beats
 
 HUNG_S = 60.0
 WAITS = Beat(
@@ -158,7 +159,7 @@ def test_heartbeats_stay_rare_and_a_hang_is_found_soon() -> None:
 
 def test_work_that_advances_within_a_phase_is_progress(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 100.0
-    monkeypatch.setattr("arvideo_dist.train.activity.time.monotonic", lambda: now)
+    monkeypatch.setattr("arvideo_dist.train.health.activity.time.monotonic", lambda: now)
     activity = Activity()
     activity.together("optimiser step")
     activity.alone("waits for batches", lambda: "decode worker 0 reads place 17")

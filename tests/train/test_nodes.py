@@ -18,10 +18,11 @@ from ray._private.state import state
 from ray.cluster_utils import Cluster
 from ray.util.placement_group import placement_group, remove_placement_group
 
-from arvideo_dist.config import RunConfig
-from arvideo_dist.train import nodes
-from arvideo_dist.train.nodes import Room, check_own_ray, free_places, most_places, slots
-from arvideo_dist.train.stop import RunInterruptedError
+from arvideo_dist.checks.cluster import free_places, most_places, slots
+from arvideo_dist.config.commands import RunConfig
+from arvideo_dist.launch import nodes
+from arvideo_dist.launch.nodes import Room, check_own_ray
+from arvideo_dist.train.run.stop import RunInterruptedError
 from tests.train.runs import demand
 
 CPU = {"CPU": 1.0}

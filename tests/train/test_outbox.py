@@ -13,14 +13,14 @@ from typing import Any
 import pytest
 from mlflow.tracking import MlflowClient
 
-from arvideo_dist import tracking
-from arvideo_dist.config import RunConfig
+from arvideo_dist.config.commands import RunConfig
 from arvideo_dist.storage import Storage
-from arvideo_dist.tracking import RUN_FILE, Tracker, close_run, open_run
-from arvideo_dist.train import outbox
-from arvideo_dist.train.activity import activity
-from arvideo_dist.train.lease import LeaseLostError
-from arvideo_dist.train.outbox import FOLDER, REFUSED, QueuedTracker, say_unsent
+from arvideo_dist.train.health.activity import activity
+from arvideo_dist.train.run.lease import LeaseLostError
+from arvideo_dist.train.tracking import outbox
+from arvideo_dist.train.tracking import runs as tracking
+from arvideo_dist.train.tracking.outbox import FOLDER, REFUSED, QueuedTracker, say_unsent
+from arvideo_dist.train.tracking.runs import RUN_FILE, Tracker, close_run, open_run
 from tests import warm
 from tests.services.mlflow_server import MlflowServer, free_port, new_database
 from tests.services.relays import LosesAnswers

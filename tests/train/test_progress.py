@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from arvideo_dist.train.engine import ForwardTime
+from arvideo_dist.train.engine.timing import ForwardTime
 from arvideo_dist.train.progress import Meter, Point, Stragglers
 from tests.train.distributed import run_ranks
 

@@ -6,8 +6,8 @@ from queue import Empty, Queue
 
 import pytest
 
-from arvideo_dist.train.activity import Activity
-from arvideo_dist.train.pulse import EVERY_S, Pulse, pulse_line
+from arvideo_dist.train.health.activity import Activity
+from arvideo_dist.train.health.pulse import EVERY_S, Pulse, pulse_line
 
 
 def test_a_run_that_says_nothing_is_told_of_until_it_ends() -> None:

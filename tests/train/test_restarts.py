@@ -7,8 +7,8 @@ import ray.train
 from ray.exceptions import ActorDiedError, RayActorError
 from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 
-from arvideo_dist.train.restarts import Restarts, cause_of
-from arvideo_dist.train.stop import CrashLoopError
+from arvideo_dist.launch.restarts import Restarts, cause_of
+from arvideo_dist.train.run.stop import CrashLoopError
 
 
 def test_a_new_checkpoint_refills_the_budget() -> None:

@@ -10,16 +10,14 @@ from typing import Any
 import pytest
 
 from arvideo_dist.storage import Storage
-from arvideo_dist.train.retention import (
+from arvideo_dist.train.checkpoint.layout import (
     FOLDER,
     MANIFEST,
     STATE,
-    Retention,
     checkpoint_name,
-    clear_leftovers,
     complete_checkpoints,
-    weights_step,
 )
+from arvideo_dist.train.checkpoint.retention import Retention, clear_leftovers, weights_step
 
 
 def _names(*steps: int) -> list[str]:

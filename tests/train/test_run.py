@@ -11,12 +11,13 @@ import pytest
 import torch
 from mlflow.tracking import MlflowClient
 
-from arvideo_dist.config import RunConfig
+from arvideo_dist.config.commands import RunConfig
 from arvideo_dist.export import main as export
 from arvideo_dist.model.arvideo import ARVideo
 from arvideo_dist.model.kinds import build_model
 from arvideo_dist.storage import Storage
-from arvideo_dist.train.checkpoint import Checkpoint, complete_checkpoints
+from arvideo_dist.train.checkpoint.layout import complete_checkpoints
+from arvideo_dist.train.checkpoint.reader import Checkpoint
 from arvideo_dist.trained import open_trained
 from tests.services.mlflow_server import new_database
 from tests.train.runs import PretrainProcess, history, make_data, write_config

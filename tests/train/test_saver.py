@@ -21,12 +21,12 @@ from safetensors.torch import load_file
 
 from arvideo_dist.data.loader import BadRecord
 from arvideo_dist.storage import Storage
-from arvideo_dist.train import saver as saver_module
-from arvideo_dist.train.activity import activity
 from arvideo_dist.train.agreement import agree
-from arvideo_dist.train.checkpoint import Checkpoint
-from arvideo_dist.train.engine import Engine
-from arvideo_dist.train.retention import FOLDER, complete_checkpoints
+from arvideo_dist.train.checkpoint import saver as saver_module
+from arvideo_dist.train.checkpoint.layout import FOLDER, complete_checkpoints
+from arvideo_dist.train.checkpoint.reader import Checkpoint
+from arvideo_dist.train.engine.engine import Engine
+from arvideo_dist.train.health.activity import activity
 from tests.services.s3 import S3
 from tests.train.distributed import make_saver, run_ranks, save_checkpoint
 from tests.train.keyed import micro_batch, new_engine, new_model, state_at, train_steps

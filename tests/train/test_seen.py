@@ -20,20 +20,23 @@ import ray
 import torch.distributed as dist
 from mlflow.tracking import MlflowClient
 
-from arvideo_dist import pretrain, tracking
+from arvideo_dist import pretrain
 from arvideo_dist.checks import stores
-from arvideo_dist.config import RunConfig
+from arvideo_dist.config.commands import RunConfig
 from arvideo_dist.data.index import manifest_name
-from arvideo_dist.derived import derive
+from arvideo_dist.launch import driver as launch
+from arvideo_dist.launch import nodes
+from arvideo_dist.launch.preemption import Signals
 from arvideo_dist.storage import Storage, lasts
-from arvideo_dist.train import checkpoint as checkpoint_module
-from arvideo_dist.train import launch, nodes, seen
-from arvideo_dist.train.checkpoint import open_newest_whole
-from arvideo_dist.train.lease import Guard, acquire
-from arvideo_dist.train.preemption import Signals
-from arvideo_dist.train.retention import FOLDER, MANIFEST, STATE, newest_step
-from arvideo_dist.train.seen import CHECKPOINT_TAG, look_from_all_ranks
-from arvideo_dist.train.stop import RunInterruptedError, RunStoppedError, Stopped, StoreAwayError
+from arvideo_dist.tasks.derived import derive
+from arvideo_dist.train.checkpoint import reader as checkpoint_module
+from arvideo_dist.train.checkpoint import seen
+from arvideo_dist.train.checkpoint.layout import FOLDER, MANIFEST, STATE, newest_step
+from arvideo_dist.train.checkpoint.reader import open_newest_whole
+from arvideo_dist.train.checkpoint.seen import CHECKPOINT_TAG, look_from_all_ranks
+from arvideo_dist.train.run.lease import Guard, acquire
+from arvideo_dist.train.run.stop import RunInterruptedError, RunStoppedError, Stopped, StoreAwayError
+from arvideo_dist.train.tracking import runs as tracking
 from tests.services.mounts import Mount, leave_for_another_host, mounted
 from tests.services.relays import EmptyListings
 from tests.services.s3 import S3

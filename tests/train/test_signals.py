@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from arvideo_dist.launch.preemption import Signals, wait_to_restart
 from arvideo_dist.storage import Storage
-from arvideo_dist.train.lease import Lease, acquire
-from arvideo_dist.train.preemption import Signals, wait_to_restart
-from arvideo_dist.train.stop import RunInterruptedError
+from arvideo_dist.train.run.lease import Lease, acquire
+from arvideo_dist.train.run.stop import RunInterruptedError
 
 
 @pytest.fixture

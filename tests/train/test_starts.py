@@ -11,14 +11,14 @@ import ray
 import ray.train.torch
 from ray.train.torch.config import TorchConfig, _TorchBackend
 
-from arvideo_dist import tracking
-from arvideo_dist.config import RunConfig
+from arvideo_dist.config.commands import RunConfig
 from arvideo_dist.data.index import manifest_name
-from arvideo_dist.derived import derive
+from arvideo_dist.launch import driver as launch
 from arvideo_dist.storage import Storage
-from arvideo_dist.train import launch
-from arvideo_dist.train.lease import acquire
-from arvideo_dist.train.stop import CrashLoopError
+from arvideo_dist.tasks.derived import derive
+from arvideo_dist.train.run.lease import acquire
+from arvideo_dist.train.run.stop import CrashLoopError
+from arvideo_dist.train.tracking import runs as tracking
 
 
 def _die() -> None:

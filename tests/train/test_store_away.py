@@ -11,18 +11,20 @@ import pytest
 import ray
 import ray.train
 
-from arvideo_dist import tracking
 from arvideo_dist.checks import finding
-from arvideo_dist.config import RunConfig
+from arvideo_dist.config.commands import RunConfig
 from arvideo_dist.data import index
-from arvideo_dist.derived import derive
+from arvideo_dist.launch import driver as launch
+from arvideo_dist.launch import nodes
+from arvideo_dist.launch.preemption import wait_to_restart
 from arvideo_dist.pretrain import main
 from arvideo_dist.storage import Storage
-from arvideo_dist.train import launch, nodes, seen
-from arvideo_dist.train.lease import Lease, LeaseLostError, acquire
-from arvideo_dist.train.preemption import wait_to_restart
-from arvideo_dist.train.retention import FOLDER, MANIFEST
-from arvideo_dist.train.stop import RunInterruptedError
+from arvideo_dist.tasks.derived import derive
+from arvideo_dist.train.checkpoint import seen
+from arvideo_dist.train.checkpoint.layout import FOLDER, MANIFEST
+from arvideo_dist.train.run.lease import Lease, LeaseLostError, acquire
+from arvideo_dist.train.run.stop import RunInterruptedError
+from arvideo_dist.train.tracking import runs as tracking
 from tests.services.relays import CutOff
 from tests.services.s3 import S3
 from tests.train.test_launch import _NoWatch

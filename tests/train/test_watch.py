@@ -7,10 +7,11 @@ from pathlib import Path
 import torch.distributed as dist
 from ray.train.v2.api.preemption import PreemptionInfo
 
+from arvideo_dist.launch.worker import ranks_of
 from arvideo_dist.storage import Storage
-from arvideo_dist.train.lease import Guard, acquire
-from arvideo_dist.train.stop import Interruption
-from arvideo_dist.train.watch import Watch
+from arvideo_dist.train.run.lease import Guard, acquire
+from arvideo_dist.train.run.stop import Interruption
+from arvideo_dist.train.run.watch import Watch
 from tests.train.distributed import run_ranks
 
 NOTICE = PreemptionInfo(deadline_ms=1_700_000_000_000, preempted_node_to_ranks={"b": [1], "a": [0, 2]})
@@ -45,15 +46,15 @@ def _hear_of_room(guard: Guard) -> list[tuple[list[bool], Interruption | None]]:
 
 
 def _hear_of_leaving_nodes(guard: Guard) -> tuple[list[bool], Interruption | None]:
-    notices: list[PreemptionInfo] = []
+    notices: list[list[int]] = []
 
-    def notice() -> PreemptionInfo | None:
+    def notice() -> list[int] | None:
         assert dist.get_rank() == 0, "another rank would be one more call to Ray's one actor"
         return notices[0] if notices else None
 
     control = dist.new_group(backend="gloo")
     watch = Watch(guard, control, notice)
     wanted = [watch.due(), watch.due()]
-    notices.append(NOTICE)
+    notices.append(ranks_of(NOTICE))
     wanted.append(watch.due())
     return wanted, watch.look(step=7)

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from arvideo_dist.storage import Storage
-from arvideo_dist.train import zero_state
-from arvideo_dist.train.engine import Engine
+from arvideo_dist.train.engine import zero_state
+from arvideo_dist.train.engine.engine import Engine
 from tests.train.distributed import make_saver, run_ranks
 from tests.train.keyed import (
     GLOBAL_BATCH,

@@ -1,0 +1,120 @@
+"""What is settled before a run costs anything: paths, start weights, what it goes on from."""
+
+from __future__ import annotations
+
+import math
+import os
+
+from pydantic import ValidationError
+
+from arvideo_dist.config.commands import RunConfig
+from arvideo_dist.config.folder import run_folder
+from arvideo_dist.config.sources import clips_per_epoch, training_sources
+from arvideo_dist.data.index import load_manifest
+from arvideo_dist.storage import Storage
+from arvideo_dist.tasks.derived import Derived, derive
+from arvideo_dist.train.checkpoint import seen
+from arvideo_dist.train.checkpoint.layout import complete_checkpoints
+from arvideo_dist.train.checkpoint.manifest import CheckpointError
+from arvideo_dist.train.checkpoint.reader import Checkpoint
+from arvideo_dist.train.run import changes
+
+
+def derive_checked(config: RunConfig) -> Derived:
+    """The derived numbers of a run whose data set exists; ValueError says what is missing and where to set it."""
+    clips = clips_per_epoch(config.data)
+    if config.data.val_split is not None:
+        load_manifest(training_sources(config.data)[0].storage, config.data.val_split)
+    return derive(config, clips)
+
+
+def with_absolute_paths(config: RunConfig) -> RunConfig:
+    """Local paths made absolute, since workers have other working directories.
+
+    Inside a Ray job a relative `run.storage_path` would lie in the job's temporary copy of the working
+    directory, which disappears: ValueError.
+    """
+    if not _is_absolute(config.run.storage_path) and _inside_ray_job():
+        raise ValueError(
+            f"run.storage_path {config.run.storage_path!r} is relative, and this is a Ray job, whose working "
+            "directory is temporary: give an absolute path on shared storage or a URI (s3://...), for example "
+            "as ARVIDEO__RUN__STORAGE_PATH"
+        )
+    run = config.run.model_copy(update={"storage_path": Storage(config.run.storage_path).address})
+    path = None if config.data.path is None else Storage(config.data.path).address
+    mixture = tuple(
+        other.model_copy(update={"path": Storage(other.path).address}) for other in config.data.mixture
+    )
+    data = config.data.model_copy(update={"path": path, "mixture": mixture})
+    model = config.model
+    if model.init_from is not None:
+        model = model.model_copy(update={"init_from": Storage(model.init_from).address})
+    return config.model_copy(update={"run": run, "data": data, "model": model})
+
+
+def check_initial_weights(config: RunConfig) -> None:
+    """Read `model.init_from` once, so that weights of another encoder stop the command and not the workers.
+
+    A run that has a checkpoint goes on from that and does not need them.
+    """
+    if config.model.init_from is not None and not complete_checkpoints(run_folder(config)):
+        from arvideo_dist.model.interchange import load_initial_encoder
+        from arvideo_dist.model.vit import ENCODER_SIZES, Encoder
+
+        size, tokens = ENCODER_SIZES[config.model.encoder], math.prod(config.model.token_grid)
+        load_initial_encoder(Encoder(size, config.model.tubelet, tokens), config.model.init_from)
+
+
+def check_resume(config: RunConfig) -> Checkpoint | None:
+    """The checkpoint that the run goes on from; ValueError for what `run.resume` and `run.allow_change` refuse."""
+    changes.check_allowed_names(config)
+    run = run_folder(config)
+    found = complete_checkpoints(run)
+    if config.run.resume == "must" and not found:
+        raise ValueError(
+            f"run.resume is 'must' but {run.uri} has no complete checkpoint: check run.storage_path and "
+            "run.name, or set run.resume to 'auto'"
+        )
+    if config.run.resume == "never" and found:
+        raise ValueError(
+            f"run.resume is 'never' but {run.uri} has checkpoint {found[-1]}: choose another run.name, or "
+            "set run.resume to 'auto' to continue it"
+        )
+    digests, precision = changes.data_digests(config.data), _precision_if_known(config)
+    for name in reversed(found):
+        try:
+            checkpoint = Checkpoint(run, name)
+        except (CheckpointError, ValidationError, FileNotFoundError):
+            continue  # the workers name what is damaged and use the one before it, and so does this check
+        changes.refuse_changes(checkpoint.state, config, digests, precision, str(checkpoint))
+        return checkpoint
+    return None
+
+
+def _precision_if_known(config: RunConfig) -> str | None:
+    """What the workers will compute in, where the cluster's kind does not decide it."""
+    if config.cluster.device == "auto" and config.train.precision == "auto":
+        return None
+    return config.train.precision_on(config.cluster.device)
+
+
+def wait_for_checkpoints(config: RunConfig) -> int:
+    """Wait, before anything is written, for a store that shows less of this run than its lease or MLflow tells.
+
+    Returns and raises what `seen.wait_until_seen_again` does.
+    """
+
+    def seen_by_mlflow() -> int:
+        from arvideo_dist.train.tracking import runs as tracking
+
+        return tracking.newest_checkpoint(config, run_folder(config), seen.CHECKPOINT_TAG)
+
+    return seen.wait_until_seen_again(run_folder(config), seen_by_mlflow)
+
+
+def _inside_ray_job() -> bool:
+    return "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
+
+
+def _is_absolute(path: str) -> bool:
+    return "://" in path or os.path.isabs(os.path.expanduser(path))

@@ -1,0 +1,168 @@
+"""Encoder weights as files: folders that `transformers` loads, safetensors, the original repository's .pth.
+
+Writing needs no `transformers`; reading never unpickles more than tensors.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from arvideo_dist.config.model import ModelConfig
+from arvideo_dist.model.layouts import load_encoder, to_encoder, to_transformers
+from arvideo_dist.model.pretraining import IMAGENET_MEAN, IMAGENET_STD
+from arvideo_dist.model.vit import ENCODER_SIZES, NORM_EPS, Encoder
+from arvideo_dist.storage import Storage, shown
+
+Format = Literal["hf", "safetensors", "torch"]
+WEIGHTS_ENDINGS = (".safetensors", ".pth", ".pt", ".bin")
+_WEIGHTS_IN_FOLDER = ("model.safetensors", "pytorch_model.bin")
+
+
+def export_encoder(
+    encoder: Encoder, model: ModelConfig, to: Storage, format: Format, labels: int | None
+) -> None:
+    """Write `encoder` into the folder `to`.
+
+    `hf`: model.safetensors, preprocessor_config.json and config.json (last: without it nothing loads); a
+    VideoMAEModel, or with `labels` a VideoMAEForVideoClassification with a fresh head over that many classes.
+    `safetensors`: encoder.safetensors under the original repository's names. `torch`: checkpoint.pth as that
+    repository's pretraining writes it, for its fine-tuning script.
+    """
+    weights = {name: value.detach().cpu().contiguous() for name, value in encoder.state_dict().items()}
+    if format == "safetensors":
+        with to.writing("encoder.safetensors") as aside:
+            save_file(weights, aside, metadata={"format": "pt"})
+    elif format == "torch":
+        with to.writing("checkpoint.pth") as aside:
+            torch.save({"model": {f"encoder.{name}": value for name, value in weights.items()}}, aside)
+    else:
+        config = _transformers_config(model, labels)
+        with to.writing("model.safetensors") as aside:
+            save_file(_transformers_weights(weights, labels), aside, metadata={"format": "pt"})
+        _write_json(to, "preprocessor_config.json", _preprocessor_config(model))
+        _write_json(to, "config.json", config)
+
+
+def load_initial_encoder(encoder: Encoder, source: str) -> str:
+    """Fill `encoder` from VideoMAE weights at `source` (see `read_encoder`); returns what was taken, for the log.
+
+    Raises ValueError naming model.init_from.
+    """
+    try:
+        has_norm = load_encoder(encoder, read_encoder(source))
+    except ValueError as error:
+        raise ValueError(f"model.init_from {shown(source)}: {shown(error)}") from error
+    lack = "" if has_norm else " without a final norm, which these weights do not have"
+    return f"{shown(source)} (encoder{lack})"
+
+
+def read_encoder(source: str) -> dict[str, torch.Tensor]:
+    """VideoMAE encoder weights at `source`, under our names.
+
+    `source`: a folder of `transformers`, or a .safetensors, .pth, .pt or .bin file, local or in object
+    storage. Raises ValueError where there is none.
+    """
+    try:
+        return to_encoder(_read(source))
+    except (OSError, SafetensorError, RuntimeError) as error:
+        raise ValueError(str(error)) from error
+
+
+def _read(source: str) -> dict[str, torch.Tensor]:
+    folder, _, name = source.rstrip("/").rpartition("/")
+    store, names = Storage(folder or "."), [name]
+    if not name.endswith(WEIGHTS_ENDINGS):
+        store = Storage(source)
+        names = [member for member in _WEIGHTS_IN_FOLDER if store.exists(member)]
+        if not names:
+            raise ValueError(f"no such folder, or neither {' nor '.join(_WEIGHTS_IN_FOLDER)} is in it")
+    if not store.exists(names[0]):
+        raise ValueError("no such file")
+    with tempfile.TemporaryDirectory() as scratch:
+        local = store.local_copy(names[0], Path(scratch))
+        if local.suffix == ".safetensors":
+            return load_file(local)
+        # The original repository's checkpoints also hold its argparse options, which are plain values.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            content = torch.load(local, map_location="cpu", weights_only=True)
+    for key in ("model", "module"):
+        if isinstance(content.get(key), dict):
+            content = content[key]
+    return {name: value for name, value in content.items() if isinstance(value, torch.Tensor)}
+
+
+def _transformers_weights(weights: dict[str, torch.Tensor], labels: int | None) -> dict[str, torch.Tensor]:
+    renamed = to_transformers(weights)
+    if labels is None:
+        return renamed
+    # A classifier has no norm after its encoder but one after pooling, fresh as in VideoMAE's fine-tuning.
+    width = renamed.pop("layernorm.weight").numel()
+    del renamed["layernorm.bias"]
+    generator = torch.Generator().manual_seed(0)
+    return {
+        **{f"videomae.{name}": value for name, value in renamed.items()},
+        "fc_norm.weight": torch.ones(width),
+        "fc_norm.bias": torch.zeros(width),
+        "classifier.weight": 0.02 * 0.001 * torch.randn(labels, width, generator=generator),
+        "classifier.bias": torch.zeros(labels),
+    }
+
+
+def _transformers_config(model: ModelConfig, labels: int | None) -> dict[str, Any]:
+    size, (p_t, p_h, p_w) = ENCODER_SIZES[model.encoder], model.tubelet
+    if p_h != p_w:
+        raise ValueError(
+            f"transformers' VideoMAE has square patches, this encoder's are {p_h} x {p_w}: use another --format"
+        )
+    config: dict[str, Any] = {
+        "model_type": "videomae",
+        "architectures": ["VideoMAEModel" if labels is None else "VideoMAEForVideoClassification"],
+        "image_size": model.image_size,
+        "patch_size": p_h,
+        "num_channels": 3,
+        "num_frames": model.frames,
+        "tubelet_size": p_t,
+        "hidden_size": size.width,
+        "num_hidden_layers": size.depth,
+        "num_attention_heads": size.heads,
+        "intermediate_size": 4 * size.width,
+        "hidden_act": "gelu",
+        "hidden_dropout_prob": 0.0,
+        "attention_probs_dropout_prob": 0.0,
+        "layer_norm_eps": NORM_EPS,
+        "qkv_bias": True,
+        "use_mean_pooling": labels is not None,  # False: VideoMAEModel has the final norm
+        "dtype": "float32",
+    }
+    if labels is not None:
+        config["id2label"] = {str(number): f"LABEL_{number}" for number in range(labels)}
+        config["label2id"] = {f"LABEL_{number}": number for number in range(labels)}
+    return config
+
+
+def _preprocessor_config(model: ModelConfig) -> dict[str, Any]:
+    return {
+        "image_processor_type": "VideoMAEImageProcessor",
+        "do_resize": True,
+        "size": {"shortest_edge": model.image_size},
+        "resample": 2,
+        "do_center_crop": True,
+        "crop_size": {"height": model.image_size, "width": model.image_size},
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": list(IMAGENET_MEAN),
+        "image_std": list(IMAGENET_STD),
+    }
+
+
+def _write_json(to: Storage, name: str, content: dict[str, Any]) -> None:
+    to.write_bytes(name, (json.dumps(content, indent=2) + "\n").encode())

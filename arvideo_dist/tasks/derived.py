@@ -1,0 +1,112 @@
+"""The numbers that follow from a configuration and that a user must be able to trust, computed in one place."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from arvideo_dist.config.commands import RunConfig
+from arvideo_dist.data.order import accumulation_steps
+from arvideo_dist.model.clusters import Clusters
+from arvideo_dist.model.kinds import make_sequences
+from arvideo_dist.tasks.activations import activation_bytes_per_clip, activation_bytes_per_pass
+from arvideo_dist.tasks.flops import forward_backward_flops, parameter_count
+
+
+@dataclass(frozen=True)
+class Derived:
+    """Printed at start, logged with the run, and given as JSON by `pretrain --dry-run`."""
+
+    clusters: int | None  # None for a method without clusters
+    kept_tokens_per_cluster: int | None
+    encoder_tokens: int
+    decoder_queries: int
+    parameters: int
+    gflops_per_clip: float  # forward and backward
+    activation_mb_per_clip: float  # kept for the backward pass, 1e6 bytes in fp32; bf16 autocast keeps less
+    activation_mb_per_pass: float  # besides, however many clips a micro batch has
+    global_batch: int
+    world_size: int  # with cluster.workers [min,max]: max, until the workers know how many they are
+    micro_batch: int
+    accumulation_steps: int
+    padding_per_step: (
+        int  # places of weight 0 where world size x micro batch does not divide the global batch
+    )
+    peak_lr: float
+    min_lr: float
+    samples: int | None  # of the training split; None in a dry run without a data set
+    total_steps: int | None
+    warmup_steps: float | None
+
+    @property
+    def total_places(self) -> int | None:
+        """Places of the sample sequence that the run is planned for."""
+        return None if self.total_steps is None else self.total_steps * self.global_batch
+
+    def at_world_size(self, world_size: int) -> Derived:
+        """The same run on `world_size` workers: the global batch stays, accumulation and padding follow."""
+        steps = accumulation_steps(self.global_batch, self.micro_batch, world_size)
+        return replace(
+            self,
+            world_size=world_size,
+            accumulation_steps=steps,
+            padding_per_step=steps * world_size * self.micro_batch - self.global_batch,
+        )
+
+    def batch_line(self) -> str:
+        """How the global batch is made, for the terminal."""
+        return (
+            f"batch: {self.global_batch} clips = {self.world_size} workers x {self.micro_batch} clips x "
+            f"{self.accumulation_steps} accumulation steps (padding {self.padding_per_step})"
+        )
+
+
+def derive(config: RunConfig, samples: int | None) -> Derived:
+    """Numbers of a run over `samples` training samples; ValueError if they contradict each other."""
+    sequences = make_sequences(config.model, config.decoder)
+    clusters = sequences if isinstance(sequences, Clusters) else None
+    train, world_size = config.train, config.cluster.max_workers
+    accumulation = accumulation_steps(train.global_batch, train.micro_batch, world_size)
+    total_steps, warmup_steps = train.steps, None
+    if samples is not None:
+        steps_per_epoch = samples / train.global_batch
+        total_steps = train.steps or int(train.epochs * steps_per_epoch)
+        warmup_steps = config.optim.warmup_epochs * steps_per_epoch
+        _check_length(config, samples, total_steps, warmup_steps)
+    lr_scale = train.global_batch / 256
+    return Derived(
+        clusters=clusters.count if clusters else None,
+        kept_tokens_per_cluster=clusters.kept if clusters else None,
+        encoder_tokens=sequences.encoder_tokens,
+        decoder_queries=sequences.decoder_queries,
+        parameters=parameter_count(config.model, config.decoder),
+        gflops_per_clip=forward_backward_flops(config.model, config.decoder) / 1e9,
+        activation_mb_per_clip=activation_bytes_per_clip(config.model, config.decoder) / 1e6,
+        activation_mb_per_pass=activation_bytes_per_pass(config.model, config.decoder) / 1e6,
+        global_batch=train.global_batch,
+        world_size=world_size,
+        micro_batch=train.micro_batch,
+        accumulation_steps=accumulation,
+        padding_per_step=accumulation * world_size * train.micro_batch - train.global_batch,
+        peak_lr=config.optim.base_lr * lr_scale,
+        min_lr=config.optim.base_min_lr * lr_scale,
+        samples=samples,
+        total_steps=total_steps,
+        warmup_steps=warmup_steps,
+    )
+
+
+def _check_length(config: RunConfig, samples: int, total_steps: int, warmup_steps: float) -> None:
+    if samples == 0:
+        raise ValueError(f"split {config.data.split!r} at data.path has no samples")
+    if total_steps == 0:
+        raise ValueError(
+            f"train.epochs {config.train.epochs:g} of {samples} samples is less than one step of "
+            f"train.global_batch {config.train.global_batch}: lower the batch or set train.steps"
+        )
+    # With leave for another batch only the checkpoint tells how many of its steps the run has (`schedule.plan_of`).
+    planned_here = config.train.steps is None or "train.global_batch" not in config.run.allow_change
+    if planned_here and warmup_steps >= total_steps:
+        raise ValueError(
+            f"optim.warmup_epochs {config.optim.warmup_epochs:g} is {warmup_steps:.0f} steps, the whole run is "
+            f"{total_steps}: set optim.warmup_epochs below {total_steps * config.train.global_batch / samples:g}"
+        )

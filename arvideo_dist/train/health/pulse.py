@@ -1,0 +1,52 @@
+"""A line at least every minute: what the run is doing while no other line is due.
+
+Rank 0's thread reads what the step loop says anyway (`activity.py`): it asks neither the device nor another rank.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from types import TracebackType
+
+from arvideo_dist.train.health.activity import Activity
+
+EVERY_S = 60.0
+
+
+class Pulse:
+    """Says a line where the run has said none for `every_s` seconds, until the `with` block ends."""
+
+    def __init__(self, activity: Activity, say: Callable[[str], None], every_s: float = EVERY_S) -> None:
+        self._activity, self._say, self._every_s = activity, say, every_s
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._keep, name="pulse", daemon=True)
+
+    def __enter__(self) -> Pulse:
+        self._activity.spoke()
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._ended.set()
+        self._thread.join()
+
+    def _keep(self) -> None:
+        while not self._ended.wait(self._left_s()):
+            if self._left_s() <= 0:
+                self._activity.spoke()
+                self._say(pulse_line(self._activity))
+
+    def _left_s(self) -> float:
+        return max(0.0, self._activity.spoke_at + self._every_s - time.monotonic())
+
+
+def pulse_line(activity: Activity) -> str:
+    """For the terminal."""
+    reading = activity.reading()
+    steps = f"step {reading.step}" + ("" if activity.total_steps is None else f"/{activity.total_steps}")
+    since = f", for {reading.idle_s:.0f} s" if reading.idle_s >= 1 else ""
+    return f"{steps} done; now: {reading.phase}{since}"
