@@ -6,6 +6,7 @@ import argparse
 
 from arvideo_dist.analysis import subjects
 from arvideo_dist.analysis.results import NotLoggedError, write_results
+from arvideo_dist.config.commands import PretrainConfig
 from arvideo_dist.config.settings import exit_with, read_config
 from arvideo_dist.data.reader import DataReadError
 from arvideo_dist.storage import Storage
@@ -76,7 +77,7 @@ def _order(parser: argparse.ArgumentParser, argv: list[str]) -> tuple[subjects.F
         flags = parser.parse_args(argv)
         trained = open_trained(flags.source)
         return subjects.order(trained.config, [trained.run]), flags
-    config, flags = read_config(argv, parser)
+    config, flags = read_config(PretrainConfig, argv, parser)
     return subjects.order(config, []), flags
 
 

@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 from arvideo_dist.checks.finding import Finding, Level, errors
-from arvideo_dist.config.commands import RunConfig
+from arvideo_dist.config.commands import PretrainConfig
 from arvideo_dist.config.settings import exit_with, read_config
 from arvideo_dist.launch.cluster import connected
 from arvideo_dist.launch.start import derive_checked, with_absolute_paths
@@ -38,7 +38,7 @@ def main(argv: list[str] | None = None) -> None:
         help="for nodes that an autoscaler adds (default: 0)",
     )
     try:
-        config, flags = read_config(sys.argv[1:] if argv is None else argv, parser)
+        config, flags = read_config(PretrainConfig, sys.argv[1:] if argv is None else argv, parser)
         config = with_absolute_paths(config)
         derived = derive(config, None)
     except ValueError as error:
@@ -75,7 +75,7 @@ def main(argv: list[str] | None = None) -> None:
         raise SystemExit(1)
 
 
-def _driver(config: RunConfig) -> tuple[list[Finding], str | None]:
+def _driver(config: PretrainConfig) -> tuple[list[Finding], str | None]:
     """What this machine finds, and the tracking server's address if it has a valid one."""
     from arvideo_dist.checks.stores import check_data, check_mlflow, check_storage
     from arvideo_dist.train.tracking.runs import tracking_uri
@@ -88,7 +88,7 @@ def _driver(config: RunConfig) -> tuple[list[Finding], str | None]:
     return [*findings, check_mlflow(uri)], uri
 
 
-def _workers(config: RunConfig, derived: Derived, uri: str | None, wait_s: float) -> list[Finding]:
+def _workers(config: PretrainConfig, derived: Derived, uri: str | None, wait_s: float) -> list[Finding]:
     from arvideo_dist.checks.workers import check_workers
 
     with contextlib.ExitStack() as cluster:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from arvideo_dist.config.commands import RunConfig
+from arvideo_dist.config.commands import PretrainConfig
 from arvideo_dist.config.model import DecoderConfig, ModelConfig
 from arvideo_dist.model.kinds import build_model
 from arvideo_dist.model.pretraining import PretrainingModel
@@ -23,9 +23,9 @@ class Trained:
     decoder_config: DecoderConfig
 
     @property
-    def config(self) -> RunConfig:
+    def config(self) -> PretrainConfig:
         """The whole configuration of the run that wrote the checkpoint."""
-        return RunConfig.model_validate(self.checkpoint.state["config"])
+        return PretrainConfig.model_validate(self.checkpoint.state["config"])
 
     @property
     def label(self) -> str:

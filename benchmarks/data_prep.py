@@ -141,9 +141,7 @@ def plain_decord(video: bytes, indices: np.ndarray) -> np.ndarray:
     return decord.VideoReader(io.BytesIO(video), num_threads=1).get_batch(indices).asnumpy()
 
 
-def main() -> None:
-    from arvideo_dist.data.decode import decode_rgb
-
+def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -152,7 +150,13 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3, help="interleaved repetitions (default: 3)")
     parser.add_argument("--match", default="", help="only names that hold this")
     parser.add_argument("--json", type=Path, metavar="PATH", help="write the figures to this file")
-    given = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    from arvideo_dist.data.decode import decode_rgb
+
+    given = arguments()
     paths = sorted(
         path
         for path in Path(given.videos).iterdir()

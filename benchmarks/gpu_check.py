@@ -37,6 +37,7 @@ from arvideo_dist.model.kinds import build_model, make_sequences
 from arvideo_dist.model.pretraining import PretrainingModel
 from arvideo_dist.model.vit import from_cubes, to_cubes
 from arvideo_dist.tasks.flops import forward_backward_flops
+from arvideo_dist.tasks.task import decay_matrices
 
 if TYPE_CHECKING:
     from arvideo_dist.train.engine.engine import Engine
@@ -78,15 +79,11 @@ GRADIENT_TOLERANCE = 0.05  # relative, of each parameter's gradient
 class ClipBatch:
     """What the engine needs of a loader's batch; the loader itself wants packages that are not here."""
 
-    clips: torch.Tensor
-    context_ids: torch.Tensor
-    target_ids: torch.Tensor
+    drawn: Inputs
     weights: torch.Tensor
 
     def to(self, device: torch.device) -> ClipBatch:
-        return ClipBatch(
-            *move((self.clips, self.context_ids, self.target_ids), device), self.weights.to(device)
-        )
+        return ClipBatch(move(self.drawn, device), self.weights.to(device))
 
 
 def move(batch: Inputs, device: torch.device) -> Inputs:
@@ -237,12 +234,16 @@ def make_engine(model: PretrainingModel, device: torch.device, stage: int) -> En
     from arvideo_dist.train.engine.engine import Engine
 
     train = TrainConfig(zero_stage=stage, micro_batch=2, global_batch=2, precision="bf16")
-    return Engine(model, train, OptimConfig(), device, accumulation_steps=1)
+
+    def loss(forward: Any, batch: Any) -> torch.Tensor:
+        return forward(*batch.drawn).loss_b
+
+    return Engine(model, loss, decay_matrices(model, 0.05), train, OptimConfig(), device, 1)
 
 
 def train_steps(engine: Engine, steps: int, before_update: Callable[[], None] = lambda: None) -> list[float]:
     """Losses of `steps` optimiser steps on one batch."""
-    batch: Any = ClipBatch(*inputs(SMALL, SMALL_DECODER, 2), weights=torch.ones(2))
+    batch: Any = ClipBatch(inputs(SMALL, SMALL_DECODER, 2), weights=torch.ones(2))
     losses = []
     for _ in range(steps):
         losses.append(float(engine.accumulate([batch], total_weight=2.0)) / 2)
@@ -301,14 +302,14 @@ def check_bad_steps(device: torch.device) -> dict[str, Any]:
     of a step's time."""
     if importlib.util.find_spec("deepspeed") is None:
         return {"passed": True, "skipped": "DeepSpeed is not installed"}
-    from arvideo_dist.train.engine.engine.zero_state import optimizer_steps, owned_fragments, state_of
+    from arvideo_dist.train.engine.zero_state import optimizer_steps, owned_fragments, state_of
 
     def state(engine: Engine) -> list[torch.Tensor]:
         tensors = [kind for f in owned_fragments(engine) for kind in state_of(engine, f).values()]
         return [*(tensor.clone() for tensor in tensors), torch.tensor(optimizer_steps(engine))]
 
     join_single_rank(device.type == "cuda")
-    bad: Any = ClipBatch(*inputs(SMALL, SMALL_DECODER, 2), weights=torch.tensor([1.0, torch.nan]))
+    bad: Any = ClipBatch(inputs(SMALL, SMALL_DECODER, 2), weights=torch.tensor([1.0, torch.nan]))
     stages = {}
     for stage in range(4):
         expected = train_steps(make_engine(fresh_model(), device, stage), 4)

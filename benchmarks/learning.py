@@ -24,9 +24,7 @@ import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a bare machine has no installed package
 
-from arvideo_dist.train.engine.engine.schedule import learning_rate
-
-from arvideo_dist.config.commands import RunConfig
+from arvideo_dist.config.commands import PretrainConfig
 from arvideo_dist.config.settings import read_config
 from arvideo_dist.config.sources import (
     clips_per_epoch,
@@ -38,28 +36,38 @@ from arvideo_dist.config.sources import (
 from arvideo_dist.data.index import load_manifest
 from arvideo_dist.data.loader import ClipLoader, ClipSource, LoaderOptions
 from arvideo_dist.hardware import environment, write_json
-from arvideo_dist.model.kinds import build_model
 from arvideo_dist.tasks.derived import derive
+from arvideo_dist.tasks.kinds import task_of
 from arvideo_dist.train.engine.engine import Engine
+from arvideo_dist.train.engine.schedule import learning_rate
 from arvideo_dist.train.evaluation import validate
 
 
-def learn(config: RunConfig, device: torch.device) -> dict[str, Any]:
+def learn(config: PretrainConfig, device: torch.device) -> dict[str, Any]:
     """One run from random weights; its validation curve and what it took."""
     derived = derive(config, clips_per_epoch(config.data))
     assert derived.total_steps is not None
     assert derived.warmup_steps is not None
     batch, pin = derived.global_batch, device.type == "cuda"
     torch.manual_seed(config.run.seed)
-    model = build_model(config.model, config.decoder)
-    engine = Engine(model, config.train, config.optim, device, derived.accumulation_steps)
+    task = task_of(config)
+    model = task.build()
+    engine = Engine(
+        model,
+        task.loss,
+        task.parameter_groups(model),
+        config.train,
+        config.optim,
+        device,
+        derived.accumulation_steps,
+    )
 
     def loader(sources: list[ClipSource], stop: int, shuffle: bool, options: LoaderOptions) -> ClipLoader:
         return ClipLoader(
             sources,
             clip_frames=config.model.frames,
             image_size=config.model.image_size,
-            sequence=model.sequences.draw_sequence,
+            draw=task.draw(),
             seed=config.run.seed,
             position=0,
             global_batch=batch,
@@ -137,7 +145,7 @@ def main() -> None:
                 arguments = ["--config", str(file), "--run.name", file.stem, "--run.seed", str(seed)]
                 arguments += ["--data.path", given.data] if given.data else []
                 arguments += ["--train.steps", str(given.steps)] if given.steps else []
-                config, _ = read_config(arguments)
+                config, _ = read_config(PretrainConfig, arguments)
                 result = learn(config, device)
                 runs.append(
                     {

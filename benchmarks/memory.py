@@ -28,8 +28,9 @@ import torch.distributed as dist
 import yaml
 
 from arvideo_dist.checks.memory import PROCESS_BYTES, memory_of
-from arvideo_dist.config.commands import RunConfig
+from arvideo_dist.config.commands import PretrainConfig
 from arvideo_dist.hardware import environment, write_json
+from arvideo_dist.model.kinds import make_sequences
 from arvideo_dist.storage import Storage
 from arvideo_dist.tasks.derived import derive
 
@@ -95,7 +96,7 @@ def measure(folder: Path, name: str) -> dict[str, Any]:
     }
     sections["train"] = {**sections["train"], "steps": 3, "log_every_steps": 1}
     sections["cluster"] = {**sections["cluster"], "device": "cpu"}
-    config = RunConfig.model_validate(sections)
+    config = PretrainConfig.model_validate(sections)
     host, _ = memory_of(config, derive(config, None), cuda=False)
     file = folder / "config.yaml"
     file.write_text(yaml.safe_dump(sections))
@@ -113,10 +114,10 @@ def measure(folder: Path, name: str) -> dict[str, Any]:
 def alone(name: str) -> dict[str, Any]:
     """Three steps and a save of one rank: estimate and measurement."""
     from arvideo_dist.data.loader import Batch
-    from arvideo_dist.model.kinds import build_model
+    from arvideo_dist.tasks.kinds import task_of
 
     train = {**CASES[name]["train"], "global_batch": CASES[name]["train"]["micro_batch"]}
-    config = RunConfig.model_validate(
+    config = PretrainConfig.model_validate(
         {**CASES[name], "train": train, "cluster": {"workers": 1, "device": "cpu"}}
     )
     derived = derive(config, None)
@@ -127,17 +128,22 @@ def alone(name: str) -> dict[str, Any]:
     os.environ["LOCAL_RANK"] = "0"  # DeepSpeed wants it
     with tempfile.TemporaryDirectory() as folder:
         dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=0, world_size=1)
-        model = build_model(config.model, config.decoder)
-        draw, rng = model.sequences.draw_sequence, np.random.default_rng(0)
-        engine = Engine(model, config.train, config.optim, torch.device("cpu"), 1)
+        task = task_of(config)
+        model = task.build()
+        draw, rng = make_sequences(config.model, config.decoder).draw_sequence, np.random.default_rng(0)
+        engine = Engine(
+            model, task.loss, task.parameter_groups(model), config.train, config.optim, torch.device("cpu"), 1
+        )
         saver = Saver(Storage(folder), engine, config.run, lambda line: None)
         clips, side = config.train.micro_batch, config.model.image_size
         for step in range(1, 4):
             drawn = [draw(rng) for _ in range(clips)]
             batch = Batch(
                 clips=torch.randint(0, 256, (clips, 3, config.model.frames, side, side), dtype=torch.uint8),
-                context_ids=torch.from_numpy(np.stack([context for context, _ in drawn])),
-                target_ids=torch.from_numpy(np.stack([target for _, target in drawn])),
+                inputs={
+                    "context_ids": torch.from_numpy(np.stack([context for context, _ in drawn])),
+                    "target_ids": torch.from_numpy(np.stack([target for _, target in drawn])),
+                },
                 weights=torch.ones(clips),
                 places=torch.arange(clips),
                 bad=[],

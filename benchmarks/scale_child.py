@@ -23,8 +23,8 @@ VIDEO_BYTES = 1000
 MARK = "the requests of this are counted: "
 
 
-def draw_ids(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    return np.arange(6), np.arange(10)
+def draw_ids(seed: int, place: int, row: Any) -> dict[str, np.ndarray]:
+    return {"context_ids": np.arange(6), "target_ids": np.arange(10)}
 
 
 def samples_of(data: str) -> Any:
@@ -32,7 +32,7 @@ def samples_of(data: str) -> Any:
     from arvideo_dist.storage import Storage
 
     source = ClipSource(Storage(data), "train", 4, (1.0,))
-    arguments: dict[str, Any] = {"clip_frames": 16, "image_size": 224, "sequence": draw_ids, "seed": 0}
+    arguments: dict[str, Any] = {"clip_frames": 16, "image_size": 224, "draw": draw_ids, "seed": 0}
     return ClipSamples([source], **arguments, shuffle=True, options=LoaderOptions())
 
 
@@ -101,6 +101,8 @@ def run_folder(address: str) -> dict[str, float]:
     from arvideo_dist.config.run import RunConfigSection
     from arvideo_dist.model.arvideo import ARVideo
     from arvideo_dist.storage import Storage
+    from arvideo_dist.tasks.pretraining import pretraining_loss
+    from arvideo_dist.tasks.task import decay_matrices
     from arvideo_dist.train.checkpoint.reader import Checkpoint, open_newest_whole
     from arvideo_dist.train.checkpoint.saver import Saver
     from arvideo_dist.train.engine.engine import Engine
@@ -112,7 +114,9 @@ def run_folder(address: str) -> dict[str, float]:
     model = ModelConfig(encoder="demo", frames=4, image_size=16, tubelet=(2, 8, 8), cluster=(1, 1, 2))
     module = ARVideo(model, DecoderConfig(width=64, depth=1))
     train = TrainConfig(zero_stage=1, micro_batch=1, global_batch=1)
-    engine = Engine(module, train, OptimConfig(), torch.device("cpu"), accumulation_steps=1)
+    engine = Engine(
+        module, pretraining_loss, decay_matrices(module, 0.05), train, OptimConfig(), torch.device("cpu"), 1
+    )
     run = Storage(address)
     lease = acquire(run, 3600.0)
     guarded = lease.guard.storage()

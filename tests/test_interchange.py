@@ -15,17 +15,17 @@ import torch
 from safetensors.torch import load_file
 from transformers import VideoMAEConfig, VideoMAEForPreTraining, VideoMAEForVideoClassification, VideoMAEModel
 
-from arvideo_dist.config.commands import RunConfig
+from arvideo_dist.config.commands import PretrainConfig
 from arvideo_dist.config.model import DecoderConfig, ModelConfig
-from arvideo_dist.config.optim import OptimConfig, TrainConfig
+from arvideo_dist.config.optim import TrainConfig
 from arvideo_dist.export import main
 from arvideo_dist.model.arvideo import ARVideo
 from arvideo_dist.model.interchange import export_encoder, load_initial_encoder
 from arvideo_dist.model.vit import ENCODER_SIZES, Encoder, to_cubes
 from arvideo_dist.pretrain import main as pretrain
 from arvideo_dist.storage import Storage
-from arvideo_dist.train.engine.engine import Engine
 from tests.train.distributed import run_ranks, save_checkpoint
+from tests.train.engines import engine_of
 
 MODEL = ModelConfig(encoder="demo", frames=4, image_size=32, tubelet=(2, 16, 16), cluster=(1, 1, 2))
 DECODER = DecoderConfig(width=64, depth=1)
@@ -82,8 +82,8 @@ def features(encoder: Encoder) -> torch.Tensor:
 def _save_runs(folder: str) -> None:
     for stage in STAGES:
         train = TrainConfig(global_batch=2, micro_batch=1, zero_stage=stage)
-        engine = Engine(disturbed_model(), train, OptimConfig(), torch.device("cpu"), 1)
-        config = RunConfig(model=MODEL, decoder=DECODER).model_dump(mode="json")
+        engine = engine_of(disturbed_model(), train)
+        config = PretrainConfig(model=MODEL, decoder=DECODER).model_dump(mode="json")
         save_checkpoint(Storage(f"{folder}/zero-{stage}"), engine, 5, {"config": config})
 
 

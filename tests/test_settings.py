@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from arvideo_dist.config.commands import RunConfig
+from arvideo_dist.config.commands import PretrainConfig
 from arvideo_dist.config.settings import ConfigError, read_config
 from arvideo_dist.pretrain import main
 from arvideo_dist.tasks.derived import Derived, derive
@@ -25,7 +25,7 @@ def test_later_sources_win(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     file.write_text("train: {steps: 1, micro_batch: 1, global_batch: 4}\nmodel: {cluster: [4, 7, 7]}\n")
     monkeypatch.setenv("ARVIDEO__TRAIN__STEPS", "2")
     monkeypatch.setenv("ARVIDEO__TRAIN__MICRO_BATCH", "2")
-    config, _ = read_config(["--config", str(file), "--train.steps", "3"])
+    config, _ = read_config(PretrainConfig, ["--config", str(file), "--train.steps", "3"])
     assert (config.train.steps, config.train.micro_batch, config.train.global_batch) == (3, 2, 4)
     assert config.model.cluster == (4, 7, 7)
     assert config.train.epochs == 800
@@ -39,7 +39,7 @@ def test_a_file_changes_fields_of_those_that_it_extends(tmp_path: Path) -> None:
     (tmp_path / "data.yaml").write_text("train: {epochs: 7, global_batch: 64}\nmodel: {mask_ratio: 0.9}\n")
     file = tmp_path / "run.yaml"
     file.write_text("extends: [data.yaml, methods/self.yaml]\ntrain: {epochs: 8}\nrun: {name: child}\n")
-    config, _ = read_config(["--config", str(file), "--run.seed", "5"])
+    config, _ = read_config(PretrainConfig, ["--config", str(file), "--run.seed", "5"])
     assert (config.model.cluster, config.model.mask_ratio) == ((4, 7, 7), 0.6)
     assert (config.train.epochs, config.train.global_batch) == (8, 64)
     assert (config.run.name, config.run.seed) == ("child", 5)
@@ -65,7 +65,7 @@ def test_what_is_wrong_with_an_extended_file_is_named(
     for name, content in files.items():
         (tmp_path / f"{name}.yaml").write_text(content.replace("DIR", tmp_path.name) + "\n")
     with pytest.raises(ConfigError) as caught:
-        read_config(["--config", str(tmp_path / "run.yaml")])
+        read_config(PretrainConfig, ["--config", str(tmp_path / "run.yaml")])
     assert expected.replace("DIR", tmp_path.name) in str(caught.value)
 
 
@@ -73,24 +73,27 @@ def test_a_file_extended_twice_is_no_loop(tmp_path: Path) -> None:
     (tmp_path / "base.yaml").write_text("train: {epochs: 7}\n")
     (tmp_path / "a.yaml").write_text("extends: base.yaml\n")
     (tmp_path / "run.yaml").write_text("extends: [a.yaml, base.yaml]\n")
-    assert read_config(["--config", str(tmp_path / "run.yaml")])[0].train.epochs == 7
+    assert read_config(PretrainConfig, ["--config", str(tmp_path / "run.yaml")])[0].train.epochs == 7
 
 
 def test_init_from_may_be_given_without_its_section() -> None:
-    assert read_config(["--init-from", "weights.pth"])[0].model.init_from == "weights.pth"
-    assert read_config(["--init-from=weights.pth"])[0] == read_config(["--model.init_from", "weights.pth"])[0]
+    assert read_config(PretrainConfig, ["--init-from", "weights.pth"])[0].model.init_from == "weights.pth"
+    assert (
+        read_config(PretrainConfig, ["--init-from=weights.pth"])[0]
+        == read_config(PretrainConfig, ["--model.init_from", "weights.pth"])[0]
+    )
 
 
 def test_config_file_may_come_from_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "run.yaml"
     file.write_text("run: {name: from-file}\n")
     monkeypatch.setenv("ARVIDEO_CONFIG", str(file))
-    assert read_config([])[0].run.name == "from-file"
+    assert read_config(PretrainConfig, [])[0].run.name == "from-file"
 
 
 def test_defaults_are_the_papers_kinetics_recipe() -> None:
-    config, _ = read_config([])
-    assert config == RunConfig()
+    config, _ = read_config(PretrainConfig, [])
+    assert config == PretrainConfig()
     assert (config.train.epochs, config.train.global_batch, config.data.stride) == (800, 2048, 4)
     assert (config.optim.betas, config.optim.weight_decay) == ((0.9, 0.95), 0.05)
 
@@ -124,7 +127,7 @@ def test_what_is_wrong_is_named_with_its_remedy(
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(ConfigError) as caught:
-        read_config(arguments)
+        read_config(PretrainConfig, arguments)
     assert expected in str(caught.value)
 
 
@@ -134,7 +137,7 @@ def test_unknown_keys_of_a_file_are_refused(tmp_path: Path) -> None:
     with pytest.raises(
         ConfigError, match=r"(?s)train\.stpes: unknown key.*modle: unknown key; sections are run"
     ):
-        read_config(["--config", str(file)])
+        read_config(PretrainConfig, ["--config", str(file)])
 
 
 MISTAKES = [
@@ -185,16 +188,16 @@ def test_worker_range_is_planned_for_its_maximum_and_keeps_the_global_batch_at_a
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("ARVIDEO__CLUSTER__WORKERS", "[5,7]")
-    config, _ = read_config([])
+    config, _ = read_config(PretrainConfig, [])
     assert (config.cluster.min_workers, config.cluster.max_workers) == (5, 7)
-    assert RunConfig.model_validate(config.model_dump(mode="json")) == config
+    assert PretrainConfig.model_validate(config.model_dump(mode="json")) == config
     main(["--dry-run"])
     planned = Derived(**json.loads(capsys.readouterr().out))
     assert planned.world_size == 7
     for workers in (5, 6, 7):
         there = planned.at_world_size(workers)
         monkeypatch.setenv("ARVIDEO__CLUSTER__WORKERS", str(workers))
-        assert there == derive(read_config([])[0], samples=None)
+        assert there == derive(read_config(PretrainConfig, [])[0], samples=None)
         assert there.accumulation_steps * workers * 32 - there.padding_per_step == there.global_batch == 2048
 
 
@@ -203,7 +206,7 @@ def test_help_documents_every_field(capsys: pytest.CaptureFixture[str]) -> None:
         main(["--help"])
     assert ended.value.code == 0
     text = " ".join(capsys.readouterr().out.split())
-    for section, field in RunConfig.model_fields.items():
+    for section, field in PretrainConfig.model_fields.items():
         for name, info in field.annotation.model_fields.items():
             assert f"--{section}.{name}" in text
             assert info.description, f"{section}.{name} has no description"

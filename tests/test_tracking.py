@@ -9,7 +9,7 @@ from unittest import mock
 import pytest
 from mlflow.tracking import MlflowClient
 
-from arvideo_dist.config.commands import RunConfig
+from arvideo_dist.config.commands import PretrainConfig
 from arvideo_dist.config.folder import run_folder
 from arvideo_dist.storage import Storage
 from arvideo_dist.train.tracking.runs import RUN_FILE, Tracker, open_run, tracking_uri
@@ -33,30 +33,30 @@ def storage(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def config(storage: Path, request: pytest.FixtureRequest) -> RunConfig:
+def config(storage: Path, request: pytest.FixtureRequest) -> PretrainConfig:
     name = request.node.name
-    return RunConfig.model_validate(
+    return PretrainConfig.model_validate(
         {"run": {"name": name, "storage_path": str(storage)}, "tracking": {"experiment": name}}
     )
 
 
-def _client(config: RunConfig) -> MlflowClient:
+def _client(config: PretrainConfig) -> MlflowClient:
     return MlflowClient(tracking_uri=tracking_uri(config))
 
 
-def _active(config: RunConfig) -> list[Any]:
+def _active(config: PretrainConfig) -> list[Any]:
     client = _client(config)
     experiment = client.get_experiment_by_name(config.tracking.experiment)
     return list(client.search_runs([experiment.experiment_id]))
 
 
-def _start_and_be_killed(config: RunConfig) -> None:
+def _start_and_be_killed(config: PretrainConfig) -> None:
     with pytest.raises(Killed):
         open_run(config, {}, KilledBeforeItsRecord(run_folder(config).address))
 
 
 def test_a_start_that_is_killed_before_its_record_leaves_no_second_mlflow_run(
-    config: RunConfig,
+    config: PretrainConfig,
 ) -> None:
     _start_and_be_killed(config)
     (left,) = _active(config)
@@ -66,7 +66,7 @@ def test_a_start_that_is_killed_before_its_record_leaves_no_second_mlflow_run(
 
 
 def test_a_start_that_was_killed_with_other_settings_is_replaced(
-    config: RunConfig,
+    config: PretrainConfig,
 ) -> None:
     _start_and_be_killed(config)
     changed = config.model_copy(update={"run": config.run.model_copy(update={"seed": 1})})
@@ -76,7 +76,7 @@ def test_a_start_that_was_killed_with_other_settings_is_replaced(
 
 
 def test_a_request_that_made_two_runs_leaves_one(
-    config: RunConfig,
+    config: PretrainConfig,
 ) -> None:
     create = MlflowClient.create_run
 
@@ -90,7 +90,7 @@ def test_a_request_that_made_two_runs_leaves_one(
 
 
 def test_a_run_begun_anew_in_a_folder_of_the_same_name_is_another_mlflow_run(
-    config: RunConfig,
+    config: PretrainConfig,
 ) -> None:
     first = open_run(config, {}, run_folder(config))
     for file in Path(run_folder(config).root).iterdir():
@@ -101,7 +101,7 @@ def test_a_run_begun_anew_in_a_folder_of_the_same_name_is_another_mlflow_run(
 
 
 def test_the_last_steps_are_learnt_without_reading_a_history(
-    config: RunConfig,
+    config: PretrainConfig,
 ) -> None:
     uri, client = tracking_uri(config), _client(config)
     run_id = open_run(config, {}, run_folder(config))

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from arvideo_dist.config.data import DataConfig
 from arvideo_dist.data.index import load_manifest
-from arvideo_dist.data.loader import Batch, ClipLoader, ClipSource, TokenSequence
+from arvideo_dist.data.loader import Batch, ClipLoader, ClipSource, Draw
 from arvideo_dist.storage import Storage
 
 
@@ -28,9 +28,9 @@ def choose_source(
 
 
 def load_clips(
-    source: ClipSource, clips: int, frames: int, image_size: int, sequence: TokenSequence, seed: int
+    source: ClipSource, clips: int, frames: int, image_size: int, draw: Draw, seed: int
 ) -> Iterator[Batch]:
-    """The first `clips` clips of `source`, in batches of one, with the token ids that `sequence` draws.
+    """The first `clips` clips of `source`, in batches of one, with what `draw` draws for them.
 
     Clips that cannot be decoded are named on stderr and left out. Raises ValueError where none is left.
     """
@@ -39,7 +39,7 @@ def load_clips(
         [source],
         clip_frames=frames,
         image_size=image_size,
-        sequence=sequence,
+        draw=draw,
         seed=seed,
         position=0,
         global_batch=1,

@@ -33,9 +33,15 @@ def predict(model: PretrainingModel, batch: Batch) -> Predicted:
     """The model on a batch of one clip, in fp32 on its device; the result is on the host."""
     batch = batch.to(model.pixel_mean.device)
     with torch.no_grad():
-        output = model(batch.clips, batch.context_ids, batch.target_ids)
+        output = model(batch.clips, batch.inputs["context_ids"], batch.inputs["target_ids"])
     error_m = (output.predictions_bmp - output.targets_bmp).square().mean(dim=(0, 2))
-    fields = batch.clips, batch.context_ids, batch.target_ids, output.predictions_bmp, error_m
+    fields = (
+        batch.clips,
+        batch.inputs["context_ids"],
+        batch.inputs["target_ids"],
+        output.predictions_bmp,
+        error_m,
+    )
     return Predicted(*(field.cpu() for field in fields))
 
 

@@ -15,12 +15,14 @@ from arvideo_dist.analysis import order as orders
 from arvideo_dist.analysis import reconstruct as predictions
 from arvideo_dist.analysis.clips import choose_source, load_clips
 from arvideo_dist.analysis.encoders import open_encoders
-from arvideo_dist.config.commands import RunConfig
+from arvideo_dist.config.commands import PretrainConfig
 from arvideo_dist.config.data import DataConfig
+from arvideo_dist.data.index import SampleRow
 from arvideo_dist.data.loader import ClipSource
 from arvideo_dist.hardware import environment
 from arvideo_dist.storage import Storage
 from arvideo_dist.tasks.picture import gif, png
+from arvideo_dist.tasks.pretraining import TokenDraw
 from arvideo_dist.trained import Trained
 
 _SECONDS_A_PAGE = 0.8
@@ -59,7 +61,7 @@ def attention_rank(sources: Sequence[str], clips: Clips, tolerance: float | None
     results = {}
     for encoder in opened:
         frames, image_size = encoder.clip
-        batches = load_clips(source, clips.number, frames, image_size, _no_sequence, seed=0)
+        batches = load_clips(source, clips.number, frames, image_size, _nothing, seed=0)
         found = ranks.attention_ranks(
             encoder.encoder.to(_device()), encoder.tubelet, batches, tolerance, _say_on_stderr
         )
@@ -92,7 +94,7 @@ def reconstruct(trained: Trained, clips: Clips) -> Found:
         clips.number,
         model_config.frames,
         model_config.image_size,
-        model.sequences.draw_sequence,
+        TokenDraw(model.sequences),
         config.run.seed,
     )
     predicted = [predictions.predict(model, batch) for batch in batches]
@@ -110,7 +112,7 @@ def reconstruct(trained: Trained, clips: Clips) -> Found:
     )
 
 
-def order(config: RunConfig, runs: list[Storage]) -> Found:
+def order(config: PretrainConfig, runs: list[Storage]) -> Found:
     """order.png and order.gif of what a run of `config` draws at the first place of its sample sequence."""
     drawn = orders.draw_orders(config.model, config.decoder, config.run.seed)
     files = {
@@ -122,8 +124,9 @@ def order(config: RunConfig, runs: list[Storage]) -> Found:
     return Found("\n".join(lines), files, runs)
 
 
-def _no_sequence(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    return np.arange(0), np.arange(0)
+def _nothing(seed: int, place: int, row: SampleRow) -> dict[str, np.ndarray]:
+    """All that an encoder is given are clips."""
+    return {}
 
 
 def _device() -> torch.device:

@@ -36,6 +36,8 @@ from arvideo_dist.config.run import RunConfigSection
 from arvideo_dist.data.loader import Batch
 from arvideo_dist.model.kinds import build_model
 from arvideo_dist.storage import Storage, sync
+from arvideo_dist.tasks.pretraining import pretraining_loss
+from arvideo_dist.tasks.task import decay_matrices
 from arvideo_dist.train.checkpoint.manifest import KINDS
 from arvideo_dist.train.checkpoint.saver import Saver
 from arvideo_dist.train.engine import zero_state
@@ -124,8 +126,10 @@ class _Training:
         shape = (plan.clips, 3, plan.frames, plan.image_size, plan.image_size)
         self._batch = Batch(
             clips=torch.randint(0, 256, shape, dtype=torch.uint8),
-            context_ids=torch.from_numpy(np.stack([context for context, _ in drawn])),
-            target_ids=torch.from_numpy(np.stack([target for _, target in drawn])),
+            inputs={
+                "context_ids": torch.from_numpy(np.stack([context for context, _ in drawn])),
+                "target_ids": torch.from_numpy(np.stack([target for _, target in drawn])),
+            },
             weights=torch.ones(plan.clips),
             places=torch.arange(plan.clips),
             bad=[],
@@ -133,7 +137,15 @@ class _Training:
         train = TrainConfig(
             global_batch=plan.clips, micro_batch=plan.clips, zero_stage=plan.zero_stage, precision="fp32"
         )
-        self.engine = Engine(module, train, OptimConfig(), torch.device("cpu"), accumulation_steps=1)
+        self.engine = Engine(
+            module,
+            pretraining_loss,
+            decay_matrices(module, 0.05),
+            train,
+            OptimConfig(),
+            torch.device("cpu"),
+            1,
+        )
         options = RunConfigSection(keep_last=1)
         self._saver = Saver(Storage(str(folder)), self.engine, options, say=self._note_visible)
         self._plain = folder / "plain.safetensors"

@@ -37,8 +37,9 @@ from torch.utils.data import default_collate
 from arvideo_dist.data import decode as decode_module
 from arvideo_dist.data import loader as loader_module
 from arvideo_dist.data.decode import decode_with_decord
-from arvideo_dist.data.index import open_index
+from arvideo_dist.data.index import SampleRow, open_index
 from arvideo_dist.data.loader import Batch, ClipSamples, ClipSource, LoaderOptions
+from arvideo_dist.data.order import Stream, sample_generator
 from arvideo_dist.data.reader import MemberReader
 from arvideo_dist.data.transforms import draw_multi_scale_crop
 from arvideo_dist.data.workers import DecodePool, PlacesToBatch
@@ -95,17 +96,17 @@ def _samples(plan: Plan, options: LoaderOptions) -> ClipSamples:
         [ClipSource(Storage(plan.data), plan.split, STRIDE, SCALES)],
         clip_frames=FRAMES,
         image_size=SIZE,
-        sequence=draw_tokens,
+        draw=draw_tokens,
         seed=0,
         shuffle=True,
         options=options,
     )
 
 
-def draw_tokens(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+def draw_tokens(seed: int, place: int, row: SampleRow) -> dict[str, np.ndarray]:
     """Ids of the default geometry's lengths: 300 encoder tokens, 1470 queries."""
-    order = rng.permutation(1568)
-    return order[:300], order[:1470]
+    order = sample_generator(seed, place, Stream.SEQUENCE).permutation(1568)
+    return {"context_ids": order[:300], "target_ids": order[:1470]}
 
 
 class VideoMAELoader:
@@ -230,7 +231,7 @@ def _tensors(batch: Any) -> list[torch.Tensor]:
         if batch.bad:
             raise ValueError(f"the data set has a bad sample, measure another one: {batch.bad[0]}")
         clips = [batch.clips] if batch.planes is None else [batch.planes.y, batch.planes.uv]
-        return [*clips, batch.context_ids, batch.target_ids]
+        return [*clips, *batch.inputs.values()]
     return list(batch)
 
 

@@ -95,8 +95,7 @@ class Split:
 def splits(config: RunConfig) -> list[Split]:
     """Raises ValueError if a path is not set or cannot be opened."""
     found = [Split(source.storage, source.split, "training") for source in training_sources(config.data)]
-    if config.data.val_split is not None:
-        source = validation_source(config.data)
+    if (source := validation_source(config.data)) is not None:
         found.append(Split(source.storage, source.split, "validation"))
     return found
 

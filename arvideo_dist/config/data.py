@@ -6,7 +6,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from arvideo_dist.config.section import PositiveInt, Section
+from arvideo_dist.config.section import ALTERS, FREE, PositiveInt, Section
 
 CropScales = Annotated[tuple[Annotated[float, Field(gt=0, le=1)], ...], Field(min_length=1)]
 
@@ -14,13 +14,15 @@ CropScales = Annotated[tuple[Annotated[float, Field(gt=0, le=1)], ...], Field(mi
 class ClipSampling(Section):
     """How a data set's clips are drawn."""
 
-    sampling: Literal["window", "segments"] = Field(
+    sampling: Annotated[Literal["window", "segments"], ALTERS] = Field(
         "window",
         description="window: frames at the stride from a uniform start; segments: one frame from each of as many "
         "equal parts of the video as the clip has frames (fine-tuning on SSv2)",
     )
-    stride: PositiveInt = Field(4, description="source frames from one clip frame to the next, of a window")
-    crop_scales: CropScales = Field(
+    stride: Annotated[PositiveInt, ALTERS] = Field(
+        4, description="source frames from one clip frame to the next, of a window"
+    )
+    crop_scales: Annotated[CropScales, ALTERS] = Field(
         (1.0, 0.875, 0.75, 0.66), description="multi-scale crop: shares of the short side"
     )
 
@@ -37,9 +39,9 @@ class ClipSampling(Section):
 class MixedData(ClipSampling):
     """A further data set of the run, with its own sampling and augmentation."""
 
-    path: str = Field(description="folder or URI of a data set made by data_prep")
-    split: str = Field("train", description="split to train on")
-    weight: float = Field(
+    path: Annotated[str, ALTERS] = Field(description="folder or URI of a data set made by data_prep")
+    split: Annotated[str, ALTERS] = Field("train", description="split to train on")
+    weight: Annotated[float, ALTERS] = Field(
         1.0, gt=0, description="share of the samples, relative to data.weight and the others"
     )
 
@@ -47,54 +49,56 @@ class MixedData(ClipSampling):
 class DataConfig(ClipSampling):
     """The data set and how clips are drawn from it."""
 
-    path: str | None = Field(None, description="folder or URI of a data set made by data_prep; required")
-    split: str = Field("train", description="split to train on")
-    val_split: str | None = Field("val", description="held-out split; null: no validation")
-    weight: float = Field(
+    path: Annotated[str | None, ALTERS] = Field(
+        None, description="folder or URI of a data set made by data_prep; required"
+    )
+    split: Annotated[str, ALTERS] = Field("train", description="split to train on")
+    val_split: Annotated[str | None, FREE] = Field("val", description="held-out split; null: no validation")
+    weight: Annotated[float, ALTERS] = Field(
         1.0, gt=0, description="share of the samples where data.mixture names more data sets"
     )
-    mixture: tuple[MixedData, ...] = Field(
+    mixture: Annotated[tuple[MixedData, ...], ALTERS] = Field(
         (),
         description="data sets mixed with data.path by weight, with exact counts; an epoch is then as many "
         "samples as all of them have together",
     )
-    repeats: PositiveInt = Field(
+    repeats: Annotated[PositiveInt, ALTERS] = Field(
         1,
         description="repeated augmentation: clips made from one decoded sample, neighbours in the batch; an epoch "
         "has repeats times as many clips",
     )
-    repeat_windows: bool = Field(
+    repeat_windows: Annotated[bool, ALTERS] = Field(
         False, description="each repeat has its own temporal window; else one window with several crops"
     )
-    shuffle_block_shards: PositiveInt | None = Field(
+    shuffle_block_shards: Annotated[PositiveInt | None, ALTERS] = Field(
         None,
         description="shuffle within blocks of this many shuffled shards, to keep reads near each other; null: "
         "over the whole data set",
     )
-    device_transforms: bool = Field(
+    device_transforms: Annotated[bool, ALTERS] = Field(
         False,
         description="colour conversion, crop and resize on the training device: less CPU per clip. Wants files "
         "of data_prep's encoding to pay; within one grey level of the CPU's result",
     )
-    verify_checksums: bool = Field(
+    verify_checksums: Annotated[bool, FREE] = Field(
         False, description="compare every video read with its sha256 in the index (2 ms a clip)"
     )
-    read_retries: int = Field(
+    read_retries: Annotated[int, FREE] = Field(
         6, ge=0, description="repetitions of a failed read, after 1, 2, 4, ... seconds, before the run fails"
     )
-    shard_cache_gib: float = Field(
+    shard_cache_gib: Annotated[float, FREE] = Field(
         0.0,
         ge=0,
         description="disk per node for copies of remote shards; wants data.shuffle_block_shards; 0: no cache",
     )
-    shard_cache: str | None = Field(
+    shard_cache: Annotated[str | None, FREE] = Field(
         None, description="folder of the shard cache on each node; null: in the system's temporary folder"
     )
-    hung_worker_s: float = Field(
+    hung_worker_s: Annotated[float, FREE] = Field(
         120.0, gt=0, description="seconds of decoding one sample after which its worker is replaced"
     )
-    workers: int = Field(8, ge=0, description="decode processes per training worker")
-    max_bad_fraction: float = Field(
+    workers: Annotated[int, FREE] = Field(8, ge=0, description="decode processes per training worker")
+    max_bad_fraction: Annotated[float, FREE] = Field(
         0.01, ge=0, le=1, description="share of unreadable samples past which the run stops"
     )
 

@@ -2,46 +2,27 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from arvideo_dist.config.section import PositiveInt, Section, Triple
+from arvideo_dist.config.section import ALTERS, RESHAPES, PositiveInt, Section, Triple
 
 
-class ModelConfig(Section):
-    """Geometry of the clip, its tokens and clusters (paper 3.3), and the encoder."""
+class EncoderConfig(Section):
+    """The encoder and the geometry of its clips."""
 
-    kind: Literal["arvideo", "videomae", "randsac"] = Field(
-        "arvideo",
-        description="pretraining method. arvideo with cluster 1,1,1 and order spatial_first is TokenGPT, and with "
-        "tubelet 1,1,1 besides iGPT, whose tokens are pixels. videomae has no clusters and masks tubes (its paper: "
-        "model.mask_ratio 0.9, decoder.width 384). randsac's decoder has learned skip connections and its clusters "
-        "are squares in random order. jobs/paper/methods has the paper's settings of each",
-    )
-    encoder: Literal["demo", "tiny", "small", "base", "large", "huge"] = Field(
+    encoder: Annotated[Literal["demo", "tiny", "small", "base", "large", "huge"], RESHAPES] = Field(
         "base", description="ViT-Ti/S/B/L/H; demo is 192 wide and 6 deep"
     )
-    frames: PositiveInt = Field(16, description="frames of a clip")
-    image_size: PositiveInt = Field(224, description="height and width of a clip in pixels")
-    tubelet: Triple = Field((2, 16, 16), description="P_T,P_H,P_W: frames and pixels of one cube (token)")
-    cluster: Triple = Field((2, 7, 7), description="K_T,K_H,K_W: tokens of one cluster")
-    order: Literal["random", "spatial_first", "temporal_first"] = Field(
-        "random", description="prediction order of the clusters"
+    frames: Annotated[PositiveInt, ALTERS] = Field(16, description="frames of a clip")
+    image_size: Annotated[PositiveInt, ALTERS] = Field(
+        224, description="height and width of a clip in pixels"
     )
-    mask_ratio: float = Field(
-        0.8,
-        ge=0,
-        lt=1,
-        description="share of each cluster's tokens (videomae: of a frame's places) that the encoder does not see",
+    tubelet: Annotated[Triple, RESHAPES] = Field(
+        (2, 16, 16), description="P_T,P_H,P_W: frames and pixels of one cube (token)"
     )
-    min_context_clusters: PositiveInt = Field(
-        1, description="clusters every prediction sees; 1: 1470 queries, 2: 1372 as printed in Table 5"
-    )
-    target_norm: Literal["per_channel", "per_cube", "none"] = Field(
-        "per_channel", description="normalisation of each cube's target pixels"
-    )
-    init_from: str | None = Field(
+    init_from: Annotated[str | None, ALTERS] = Field(
         None,
         description="VideoMAE weights that the encoder starts from: a transformers folder, or a .safetensors, "
         ".pth, .pt or .bin file in its layout or the original repository's; null: random",
@@ -54,10 +35,42 @@ class ModelConfig(Section):
         return self.frames // p_t, self.image_size // p_h, self.image_size // p_w
 
     @model_validator(mode="after")
-    def _check_geometry(self) -> ModelConfig:
+    def _check_tubelet(self) -> Self:
         clip = (self.frames, self.image_size, self.image_size)
         if any(size % cube for size, cube in zip(clip, self.tubelet, strict=True)):
             raise ValueError(f"tubelet {self.tubelet} does not divide the clip {clip}")
+        return self
+
+
+class ModelConfig(EncoderConfig):
+    """A pretraining method: geometry of its tokens and clusters (paper 3.3) beside the encoder's."""
+
+    kind: Annotated[Literal["arvideo", "videomae", "randsac"], RESHAPES] = Field(
+        "arvideo",
+        description="pretraining method. arvideo with cluster 1,1,1 and order spatial_first is TokenGPT, and with "
+        "tubelet 1,1,1 besides iGPT, whose tokens are pixels. videomae has no clusters and masks tubes (its paper: "
+        "model.mask_ratio 0.9, decoder.width 384). randsac's decoder has learned skip connections and its clusters "
+        "are squares in random order. jobs/paper/methods has the paper's settings of each",
+    )
+    cluster: Annotated[Triple, ALTERS] = Field((2, 7, 7), description="K_T,K_H,K_W: tokens of one cluster")
+    order: Annotated[Literal["random", "spatial_first", "temporal_first"], ALTERS] = Field(
+        "random", description="prediction order of the clusters"
+    )
+    mask_ratio: Annotated[float, ALTERS] = Field(
+        0.8,
+        ge=0,
+        lt=1,
+        description="share of each cluster's tokens (videomae: of a frame's places) that the encoder does not see",
+    )
+    min_context_clusters: Annotated[PositiveInt, ALTERS] = Field(
+        1, description="clusters every prediction sees; 1: 1470 queries, 2: 1372 as printed in Table 5"
+    )
+    target_norm: Annotated[Literal["per_channel", "per_cube", "none"], ALTERS] = Field(
+        "per_channel", description="normalisation of each cube's target pixels"
+    )
+
+    @model_validator(mode="after")
+    def _check_clusters(self) -> Self:
         grid = self.token_grid
         if self.kind == "videomae":
             self._check_videomae(grid)
@@ -81,7 +94,7 @@ class ModelConfig(Section):
         return self
 
     @model_validator(mode="after")
-    def _check_target_norm(self) -> ModelConfig:
+    def _check_target_norm(self) -> Self:
         if self.target_norm == "per_channel" and self.tubelet == (1, 1, 1):
             raise ValueError(
                 "target_norm per_channel takes each channel's mean and deviation over a cube's pixels, of which "
@@ -108,13 +121,13 @@ class ModelConfig(Section):
 class DecoderConfig(Section):
     """The cross-attention decoder (paper 3.3.3, Tables 9 and 10)."""
 
-    width: PositiveInt = Field(512, description="embedding width")
-    depth: PositiveInt = Field(4, description="blocks")
-    head_width: PositiveInt = Field(64, description="width of one attention head")
-    self_attention: bool = Field(
+    width: Annotated[PositiveInt, RESHAPES] = Field(512, description="embedding width")
+    depth: Annotated[PositiveInt, RESHAPES] = Field(4, description="blocks")
+    head_width: Annotated[PositiveInt, ALTERS] = Field(64, description="width of one attention head")
+    self_attention: Annotated[bool, RESHAPES] = Field(
         False, description="queries also attend to queries of their own and earlier clusters (Table 9)"
     )
-    target_ratio: float = Field(
+    target_ratio: Annotated[float, ALTERS] = Field(
         1.0,
         gt=0,
         le=1,

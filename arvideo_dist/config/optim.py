@@ -6,41 +6,53 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from arvideo_dist.config.section import PositiveInt, Section
+from arvideo_dist.config.section import ALTERS, FREE, PositiveInt, Section
 
 
 class OptimConfig(Section):
     """AdamW and its schedule (VideoMAE's protocol, paper 4.1)."""
 
-    base_lr: float = Field(1.5e-4, gt=0, description="peak learning rate per 256 clips of global batch")
-    base_min_lr: float = Field(1e-5, ge=0, description="final learning rate per 256 clips of global batch")
-    warmup_epochs: float = Field(40, ge=0, description="linear warm-up from 0, in epochs")
-    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = Field(
-        (0.9, 0.95), description="AdamW betas"
+    base_lr: Annotated[float, ALTERS] = Field(
+        1.5e-4, gt=0, description="peak learning rate per 256 clips of global batch"
     )
-    weight_decay: float = Field(0.05, ge=0, description="not applied to 1-D parameters")
-    eps: float = Field(1e-8, gt=0, description="AdamW epsilon")
-    clip_grad_norm: float | None = Field(None, gt=0, description="largest gradient norm; null: no clipping")
+    base_min_lr: Annotated[float, ALTERS] = Field(
+        1e-5, ge=0, description="final learning rate per 256 clips of global batch"
+    )
+    warmup_epochs: Annotated[float, ALTERS] = Field(40, ge=0, description="linear warm-up from 0, in epochs")
+    betas: Annotated[
+        tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]], ALTERS
+    ] = Field((0.9, 0.95), description="AdamW betas")
+    weight_decay: Annotated[float, ALTERS] = Field(0.05, ge=0, description="not applied to 1-D parameters")
+    eps: Annotated[float, ALTERS] = Field(1e-8, gt=0, description="AdamW epsilon")
+    clip_grad_norm: Annotated[float | None, ALTERS] = Field(
+        None, gt=0, description="largest gradient norm; null: no clipping"
+    )
 
 
 class TrainConfig(Section):
     """Length, batch and numerics of training."""
 
-    epochs: float = Field(800, gt=0, description="passes over the data set")
-    steps: PositiveInt | None = Field(None, description="optimiser steps; replaces epochs where set")
-    global_batch: PositiveInt = Field(2048, description="clips of one optimiser step over all workers")
-    micro_batch: PositiveInt = Field(32, description="clips a worker computes at a time")
-    precision: Literal["auto", "bf16", "fp32"] = Field(
+    epochs: Annotated[float, ALTERS] = Field(800, gt=0, description="passes over the data set")
+    steps: Annotated[PositiveInt | None, ALTERS] = Field(
+        None, description="optimiser steps; replaces epochs where set"
+    )
+    global_batch: Annotated[PositiveInt, ALTERS] = Field(
+        2048, description="clips of one optimiser step over all workers"
+    )
+    micro_batch: Annotated[PositiveInt, FREE] = Field(32, description="clips a worker computes at a time")
+    precision: Annotated[Literal["auto", "bf16", "fp32"], ALTERS] = Field(
         "auto", description="auto: bf16 on GPUs, fp32 on CPU; bf16 is autocast over fp32 parameters"
     )
-    zero_stage: int = Field(1, ge=0, le=3, description="DeepSpeed ZeRO stage")
-    log_every_steps: PositiveInt = Field(10, description="optimiser steps between logged points")
-    max_bad_steps: PositiveInt = Field(
+    zero_stage: Annotated[int, FREE] = Field(1, ge=0, le=3, description="DeepSpeed ZeRO stage")
+    log_every_steps: Annotated[PositiveInt, FREE] = Field(
+        10, description="optimiser steps between logged points"
+    )
+    max_bad_steps: Annotated[PositiveInt, FREE] = Field(
         3,
         description="steps in a row whose loss or gradient norm is not finite, none of them applied, at which "
         "train.on_bad_steps says what to do",
     )
-    on_bad_steps: Literal["rollback", "stop"] = Field(
+    on_bad_steps: Annotated[Literal["rollback", "stop"], FREE] = Field(
         "rollback",
         description="rollback: weights and moments go back to the newest checkpoint's and training goes on with "
         "the samples after the bad steps; stop: the run ends",
@@ -56,5 +68,9 @@ class TrainConfig(Section):
 class ValidationConfig(Section):
     """Loss on the held-out split."""
 
-    every_steps: PositiveInt = Field(2000, description="optimiser steps between validations; also at the end")
-    max_clips: PositiveInt = Field(2048, description="first clips of the split that are used")
+    every_steps: Annotated[PositiveInt, FREE] = Field(
+        2000, description="optimiser steps between validations; also at the end"
+    )
+    max_clips: Annotated[PositiveInt, FREE] = Field(
+        2048, description="first clips of the split that are used"
+    )

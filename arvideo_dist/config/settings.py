@@ -1,7 +1,7 @@
 """How a command's configuration is read.
 
-Order, later wins: the defaults of `config.py`, a YAML file (`--config FILE`, or the file that
-`ARVIDEO_CONFIG` names), the environment (`ARVIDEO__SECTION__FIELD`), the command line
+Order, later wins: the defaults of the command's root (`commands.py`), a YAML file (`--config FILE`, or the file
+that `ARVIDEO_CONFIG` names), the environment (`ARVIDEO__SECTION__FIELD`), the command line
 (`--section.field value`). Unknown keys are refused everywhere. What the user did wrong is a ConfigError,
 before anything else happens.
 
@@ -15,10 +15,10 @@ import argparse
 import os
 import sys
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import yaml
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError, create_model
 from pydantic_settings import (
     BaseSettings,
     CliSettingsSource,
@@ -27,18 +27,20 @@ from pydantic_settings import (
     SettingsError,
 )
 
-from arvideo_dist.config.commands import RunConfig
+from arvideo_dist.config.commands import ROOTS, RunConfig
 
 ENV_PREFIX = "ARVIDEO__"
 CONFIG_ENV = "ARVIDEO_CONFIG"
+
+Root = TypeVar("Root", bound=RunConfig)
 
 
 class ConfigError(ValueError):
     """What the user set is not a valid configuration; the message names the field and the remedy."""
 
 
-class _Sources(RunConfig, BaseSettings):
-    """RunConfig as pydantic-settings fills it from its sources; never leaves this module."""
+class _Sources(BaseSettings):
+    """A root as pydantic-settings fills it from its sources; never leaves this module."""
 
     model_config = SettingsConfigDict(
         extra="forbid",
@@ -66,12 +68,12 @@ class _Sources(RunConfig, BaseSettings):
 
 
 def read_config(
-    argv: list[str], parser: argparse.ArgumentParser | None = None
-) -> tuple[RunConfig, argparse.Namespace]:
+    root: type[Root], argv: list[str], parser: argparse.ArgumentParser | None = None
+) -> tuple[Root, argparse.Namespace]:
     """The resolved configuration of a command and the command's own flags.
 
-    `argv`: arguments without the program's name. `parser`: holds the command's own flags; this function
-    adds `--config` and a flag for every field. Raises ConfigError.
+    `root`: the command's (`commands.py`). `argv`: arguments without the program's name. `parser`: holds the
+    command's own flags; this function adds `--config` and a flag for every field. Raises ConfigError.
     """
     parser = parser or argparse.ArgumentParser()
     parser.add_argument(
@@ -80,13 +82,16 @@ def read_config(
     parser.exit_on_error = parser.allow_abbrev = False
     parser.error = _raise_config_error  # type: ignore[method-assign]
     try:
-        command_line: Any = CliSettingsSource(_Sources, root_parser=parser)
+        sources: Any = create_model(root.__name__, __base__=(root, _Sources), __doc__=root.__doc__)
+        read_flags: Any = CliSettingsSource  # whose annotations ask for a class that is written out
+        command_line = read_flags(sources, root_parser=parser)
         flags = parser.parse_args(argv)
-        sources = _Sources(
-            _cli_settings_source=command_line(parsed_args=_only_fields(flags)), **_read_yaml(flags.config)
+        filled = sources(
+            _cli_settings_source=command_line(parsed_args=_only_fields(root, flags)),
+            **_read_yaml(flags.config),
         )
     except ValidationError as error:
-        raise ConfigError(_explain(error)) from error
+        raise ConfigError(_explain(root, error)) from error
     except SettingsError as error:
         raise ConfigError(
             f"{error}: {error.__cause__}; lists are written as JSON, such as [2,7,7]"
@@ -94,15 +99,15 @@ def read_config(
     except argparse.ArgumentError as error:
         raise ConfigError(str(error)) from error
     _refuse_unknown_environment()
-    return RunConfig.model_validate(sources.model_dump()), flags
+    return root.model_validate(filled.model_dump(exclude_unset=True)), flags
 
 
 def _raise_config_error(message: str) -> NoReturn:
     raise ConfigError(f"{message} (--help lists every field)")
 
 
-def _only_fields(flags: argparse.Namespace) -> dict[str, Any]:
-    sections = tuple(f"{name}." for name in RunConfig.model_fields)
+def _only_fields(root: type[RunConfig], flags: argparse.Namespace) -> dict[str, Any]:
+    sections = tuple(f"{name}." for name in root.model_fields)
     return {key: value for key, value in vars(flags).items() if key.startswith(sections)}
 
 
@@ -139,32 +144,34 @@ def _read_extended(file: Path, named: str, below: tuple[Path, ...]) -> dict[str,
 
 
 def _overlay(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-    """`base` with the sections' fields that `changes` names replaced."""
+    """`base` with the fields that `changes` names replaced, at any depth."""
     merged = dict(base)
-    for section, fields in changes.items():
-        both_are_sections = isinstance(fields, dict) and isinstance(base.get(section), dict)
-        merged[section] = {**base[section], **fields} if both_are_sections else fields
+    for name, value in changes.items():
+        both_are_sections = isinstance(value, dict) and isinstance(base.get(name), dict)
+        merged[name] = _overlay(base[name], value) if both_are_sections else value
     return merged
 
 
 def _refuse_unknown_environment() -> None:
+    """Commands that share an environment have sections of their own: one that any of them has is no mistake."""
+    known = list(dict.fromkeys(name for root in ROOTS.values() for name in root.model_fields))
     for name in os.environ:
         if name.upper().startswith(ENV_PREFIX):
             section = name[len(ENV_PREFIX) :].split("__")[0].lower()
-            if section not in RunConfig.model_fields:
+            if section not in known:
                 raise ConfigError(
                     f"environment variable {name}: there is no section {section!r}; "
-                    f"sections are {', '.join(RunConfig.model_fields)}"
+                    f"sections are {', '.join(known)}"
                 )
 
 
-def _explain(error: ValidationError) -> str:
+def _explain(root: type[RunConfig], error: ValidationError) -> str:
     lines = []
     for problem in error.errors():
         where = ".".join(str(part) for part in problem["loc"]) or "configuration"
         message = problem["msg"].removeprefix("Value error, ")
         if problem["type"] == "extra_forbidden":
-            lines.append(f"{where}: unknown key; {_known_keys(problem['loc'])}")
+            lines.append(f"{where}: unknown key; {_known_keys(root, problem['loc'])}")
         elif problem["type"] == "value_error":
             lines.append(f"{where}: {message}")
         else:
@@ -172,12 +179,20 @@ def _explain(error: ValidationError) -> str:
     return "\n".join(lines)
 
 
-def _known_keys(location: tuple[int | str, ...]) -> str:
-    fields = RunConfig.model_fields
-    if len(location) > 1 and (section := fields.get(str(location[0]))) is not None:
-        fields = section.annotation.model_fields  # type: ignore[union-attr]
-        return f"{location[0]} has {', '.join(fields)}"
-    return f"sections are {', '.join(fields)}"
+def _known_keys(root: type[RunConfig], location: tuple[int | str, ...]) -> str:
+    """What the innermost section of `location` has."""
+    section: type[BaseModel] = root
+    names = []
+    for part in location[:-1]:
+        field = section.model_fields.get(str(part))
+        if field is None or not (
+            isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)
+        ):
+            break
+        section = field.annotation
+        names.append(str(part))
+    known = ", ".join(section.model_fields)
+    return f"{'.'.join(names)} has {known}" if names else f"sections are {known}"
 
 
 def exit_with(error: Exception, code: int) -> NoReturn:

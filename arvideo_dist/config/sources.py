@@ -27,10 +27,11 @@ def training_sources(data: DataConfig) -> list[ClipSource]:
     ]
 
 
-def validation_source(data: DataConfig) -> ClipSource:
-    """The held-out split of the first data set: the middle of each video, centre crop."""
+def validation_source(data: DataConfig) -> ClipSource | None:
+    """The held-out split of the first data set, if there is one: the middle of each video, centre crop."""
     assert data.path is not None, "checked before launch"
-    assert data.val_split is not None
+    if data.val_split is None:
+        return None
     return ClipSource(Storage(data.path), data.val_split, data.stride, None, sampling=data.sampling)
 
 

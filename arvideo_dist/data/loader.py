@@ -1,16 +1,16 @@
 """The loader: from places of the sample sequence to micro batches of clips.
 
 What a batch holds depends on (seed, places) only, never on workers, world size or history: see order.py.
-Legend: B micro batch, T frames, S image size, N context tokens, M target tokens.
+Legend: B micro batch, T frames, S image size.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
@@ -44,7 +44,12 @@ from arvideo_dist.data.transforms import (
 from arvideo_dist.data.workers import DecodePool, reading, watched
 from arvideo_dist.storage import Storage
 
-TokenSequence = Callable[[np.random.Generator], tuple[NDArray[np.int64], NDArray[np.int64]]]
+
+class Draw(Protocol):
+    """What a task adds to each clip; it is sent to the worker processes."""
+
+    def __call__(self, seed: int, place: int, row: SampleRow) -> Mapping[str, NDArray[Any]]:
+        """Arrays by name, of the same shapes for all places, that depend on the arguments only."""
 
 
 @dataclass(frozen=True)
@@ -93,8 +98,7 @@ class Batch:
     """One micro batch of one rank. Where weight is 0 (padding, bad sample) the clip is all zeros."""
 
     clips: torch.Tensor  # uint8 [B, 3, T, S, S], strided as [B, T, S, S, 3]; empty until `to` with planes
-    context_ids: torch.Tensor  # int64 [B, N], tokens the encoder sees, in prediction order
-    target_ids: torch.Tensor  # int64 [B, M], tokens to predict, in prediction order
+    inputs: dict[str, torch.Tensor]  # [B, ...], what the task has drawn for each clip (`Draw`)
     weights: torch.Tensor  # float32 [B], 1 or 0
     places: torch.Tensor  # int64 [B], PAD (-1) where no place is left
     bad: list[BadRecord]
@@ -111,8 +115,7 @@ class Batch:
             self,
             clips=clips,
             planes=None,
-            context_ids=self.context_ids.to(device, non_blocking=True),
-            target_ids=self.target_ids.to(device, non_blocking=True),
+            inputs={name: each.to(device, non_blocking=True) for name, each in self.inputs.items()},
             weights=weights,
         )
 
@@ -122,8 +125,7 @@ class Batch:
             self,
             clips=self.clips.pin_memory(),
             planes=None if self.planes is None else self.planes.pin_memory(),
-            context_ids=self.context_ids.pin_memory(),
-            target_ids=self.target_ids.pin_memory(),
+            inputs={name: each.pin_memory() for name, each in self.inputs.items()},
         )
 
 
@@ -155,14 +157,14 @@ class ClipSamples:
         *,
         clip_frames: int,
         image_size: int,
-        sequence: TokenSequence,
+        draw: Draw,
         seed: int,
         shuffle: bool,
         options: LoaderOptions,
     ) -> None:
         self.sources, self.options = list(sources), options
         self.clip_frames, self.image_size = clip_frames, image_size
-        self.draw_tokens, self.seed = sequence, seed
+        self.draw, self.seed = draw, seed
         self.decode_rgb = decode_rgb
         self.indexes: list[DatasetIndex] = []
         self.readers: list[MemberReader] = []
@@ -224,19 +226,22 @@ class ClipSamples:
         if planes is None:
             for slot in (weights == 0).nonzero().flatten().tolist():  # a mask would go through all clips
                 clips[slot] = 0
-        # Padding needs ids as well: those of place 0.
-        drawn = [
-            self.draw_tokens(sample_generator(self.seed, max(place, 0), Stream.SEQUENCE)) for place in places
-        ]
         return Batch(
             clips=clips,
-            context_ids=torch.from_numpy(np.stack([context for context, _ in drawn])),
-            target_ids=torch.from_numpy(np.stack([target for _, target in drawn])),
+            inputs=self._inputs(places),
             weights=weights,
             places=torch.tensor(places),
             bad=bad,
             planes=planes,
         )
+
+    def _inputs(self, places: Sequence[int]) -> dict[str, torch.Tensor]:
+        real = [max(place, 0) for place in places]  # padding needs inputs as well: those of place 0
+        drawn = [
+            self.draw(self.seed, place, self.indexes[located.source][located.row])
+            for place, located in zip(real, self.order.locate(real), strict=True)
+        ]
+        return {name: torch.from_numpy(np.stack([each[name] for each in drawn])) for name in drawn[0]}
 
     def names(self, places: Sequence[int]) -> list[tuple[str, str]]:
         """Shard and key of the samples at `places`; the shard with its data set where there are several."""
@@ -356,7 +361,7 @@ class ClipLoader:
         *,
         clip_frames: int,
         image_size: int,
-        sequence: TokenSequence,
+        draw: Draw,
         seed: int,
         position: int,
         global_batch: int,
@@ -371,7 +376,7 @@ class ClipLoader:
         """Loads steps from place `position` on, up to `stop_position` (None: for ever).
 
         The last step is padded with weight 0 where it passes `stop_position`. Several `sources` are mixed by
-        their weights. `sequence(rng)` draws one sample's (context_ids, target_ids), always of the same lengths.
+        their weights. `draw` makes what the task adds to each clip.
         `workers=0` decodes in this process. Raises ValueError if a split is missing or damaged; iteration
         raises DataReadError if a shard cannot be read and DecodeWorkersError if no worker stays alive.
         """
@@ -379,7 +384,7 @@ class ClipLoader:
             sources,
             clip_frames=clip_frames,
             image_size=image_size,
-            sequence=sequence,
+            draw=draw,
             seed=seed,
             shuffle=shuffle,
             options=options,

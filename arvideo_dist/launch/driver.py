@@ -121,6 +121,7 @@ def _fit(config: RunConfig, derived: Derived, uri: str, run_id: str, lease: Leas
             HangWatch(config.run.hung_s, lease.guard, lambda *tag: tracker_of(run).tag(*tag)) as hangs,
         ):
             payload = {
+                "command": config.command,
                 "config": config.model_dump(mode="json"),
                 "derived": asdict(derived),
                 "tracking_uri": uri,

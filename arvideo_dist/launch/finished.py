@@ -11,7 +11,7 @@ from arvideo_dist.launch.driver import Finished
 from arvideo_dist.launch.start import check_resume, derive_checked
 from arvideo_dist.storage import Storage, shown
 from arvideo_dist.train.checkpoint.layout import FOLDER
-from arvideo_dist.train.engine.engine.schedule import plan_of
+from arvideo_dist.train.engine.schedule import plan_of
 from arvideo_dist.train.run.lease import acquire
 from arvideo_dist.train.run.stop import RESULT
 

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import math
 import os
 
 from pydantic import ValidationError
 
 from arvideo_dist.config.commands import RunConfig
 from arvideo_dist.config.folder import run_folder
+from arvideo_dist.config.settings import Root
 from arvideo_dist.config.sources import clips_per_epoch, training_sources
 from arvideo_dist.data.index import load_manifest
 from arvideo_dist.storage import Storage
 from arvideo_dist.tasks.derived import Derived, derive
+from arvideo_dist.tasks.kinds import task_of
 from arvideo_dist.train.checkpoint import seen
 from arvideo_dist.train.checkpoint.layout import complete_checkpoints
 from arvideo_dist.train.checkpoint.manifest import CheckpointError
@@ -28,7 +29,7 @@ def derive_checked(config: RunConfig) -> Derived:
     return derive(config, clips)
 
 
-def with_absolute_paths(config: RunConfig) -> RunConfig:
+def with_absolute_paths(config: Root) -> Root:
     """Local paths made absolute, since workers have other working directories.
 
     Inside a Ray job a relative `run.storage_path` would lie in the job's temporary copy of the working
@@ -58,11 +59,8 @@ def check_initial_weights(config: RunConfig) -> None:
     A run that has a checkpoint goes on from that and does not need them.
     """
     if config.model.init_from is not None and not complete_checkpoints(run_folder(config)):
-        from arvideo_dist.model.interchange import load_initial_encoder
-        from arvideo_dist.model.vit import ENCODER_SIZES, Encoder
-
-        size, tokens = ENCODER_SIZES[config.model.encoder], math.prod(config.model.token_grid)
-        load_initial_encoder(Encoder(size, config.model.tubelet, tokens), config.model.init_from)
+        task = task_of(config)
+        task.start_from(task.build())
 
 
 def check_resume(config: RunConfig) -> Checkpoint | None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from arvideo_dist.config.commands import RunConfig
+from arvideo_dist.config.commands import ROOTS, RunConfig
 from arvideo_dist.launch.cluster import collective_timeout_s
 from arvideo_dist.storage import Storage
 from arvideo_dist.tasks.derived import Derived
@@ -32,7 +32,7 @@ def work(payload: dict[str, Any]) -> Interruption | Stopped | None:
     """Runs in every Ray Train worker, with the process group up; the driver gets what rank 0 returns."""
     import torch.distributed as dist
 
-    config, guard = RunConfig.model_validate(payload["config"]), payload["lease"]
+    config, guard = ROOTS[payload["command"]].model_validate(payload["config"]), payload["lease"]
     if dist.get_rank() == 0:
         print(f"{dist.get_world_size()} workers have started", flush=True)
     with heartbeat(payload["monitor"], guard.storage(), config.run.hung_s, payload["workers"]):
@@ -48,8 +48,8 @@ def _train(config: RunConfig, payload: dict[str, Any]) -> Interruption | None:
 
     activity.alone("imports libraries")
     from arvideo_dist.checks.start import check_workers_start
+    from arvideo_dist.train.compose import Assignment, train
     from arvideo_dist.train.health.pulse import Pulse
-    from arvideo_dist.train.loop import Task, train
     from arvideo_dist.train.run.watch import Watch
 
     warnings.filterwarnings(
@@ -59,7 +59,7 @@ def _train(config: RunConfig, payload: dict[str, Any]) -> Interruption | None:
     activity.together("connects to the other ranks")
     timeout = datetime.timedelta(seconds=collective_timeout_s(config))
     control = dist.new_group(backend="gloo", timeout=timeout)
-    task = Task(
+    assignment = Assignment(
         config=config,
         derived=Derived(**payload["derived"]),
         tracking_uri=payload["tracking_uri"],
@@ -67,11 +67,11 @@ def _train(config: RunConfig, payload: dict[str, Any]) -> Interruption | None:
         lease=payload["lease"],
         seen=payload["seen"],
     )
-    watch = Watch(task.lease, control, preemption_notice, payload["workers"])
+    watch = Watch(assignment.lease, control, preemption_notice, payload["workers"])
     activity.together("looks for the run's checkpoints")
-    seen.look_from_all_ranks(task.lease, task.seen, control)
+    seen.look_from_all_ranks(assignment.lease, assignment.seen, control)
     activity.together("checks its machine")
-    check_workers_start(task.config, task.derived, task.lease, control)
+    check_workers_start(assignment.config, assignment.derived, assignment.lease, control)
     tracker: Any = contextlib.nullcontext()
     pulse: Any = contextlib.nullcontext()
     if dist.get_rank() == 0:
@@ -81,10 +81,10 @@ def _train(config: RunConfig, payload: dict[str, Any]) -> Interruption | None:
             Tracker,  # imports MLflow, whose memory and time no other rank needs
         )
 
-        to_mlflow = Tracker(task.tracking_uri, task.mlflow_run_id, task.lease.check)
-        tracker = QueuedTracker(to_mlflow, task.lease.storage())
+        to_mlflow = Tracker(assignment.tracking_uri, assignment.mlflow_run_id, assignment.lease.check)
+        tracker = QueuedTracker(to_mlflow, assignment.lease.storage())
     with pulse, tracker as queue:
-        return train(task, device, control, watch, queue)
+        return train(assignment, device, control, watch, queue)
 
 
 def heartbeat(monitor: Any, run: Storage, hung_s: float, workers: str) -> Heartbeat:

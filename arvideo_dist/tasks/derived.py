@@ -6,15 +6,12 @@ from dataclasses import dataclass, replace
 
 from arvideo_dist.config.commands import RunConfig
 from arvideo_dist.data.order import accumulation_steps
-from arvideo_dist.model.clusters import Clusters
-from arvideo_dist.model.kinds import make_sequences
-from arvideo_dist.tasks.activations import activation_bytes_per_clip, activation_bytes_per_pass
-from arvideo_dist.tasks.flops import forward_backward_flops, parameter_count
+from arvideo_dist.tasks.kinds import task_of
 
 
 @dataclass(frozen=True)
 class Derived:
-    """Printed at start, logged with the run, and given as JSON by `pretrain --dry-run`."""
+    """Printed at start, logged with the run, and given as JSON by `--dry-run`."""
 
     clusters: int | None  # None for a method without clusters
     kept_tokens_per_cluster: int | None
@@ -62,8 +59,7 @@ class Derived:
 
 def derive(config: RunConfig, samples: int | None) -> Derived:
     """Numbers of a run over `samples` training samples; ValueError if they contradict each other."""
-    sequences = make_sequences(config.model, config.decoder)
-    clusters = sequences if isinstance(sequences, Clusters) else None
+    costs = task_of(config).costs()
     train, world_size = config.train, config.cluster.max_workers
     accumulation = accumulation_steps(train.global_batch, train.micro_batch, world_size)
     total_steps, warmup_steps = train.steps, None
@@ -74,14 +70,14 @@ def derive(config: RunConfig, samples: int | None) -> Derived:
         _check_length(config, samples, total_steps, warmup_steps)
     lr_scale = train.global_batch / 256
     return Derived(
-        clusters=clusters.count if clusters else None,
-        kept_tokens_per_cluster=clusters.kept if clusters else None,
-        encoder_tokens=sequences.encoder_tokens,
-        decoder_queries=sequences.decoder_queries,
-        parameters=parameter_count(config.model, config.decoder),
-        gflops_per_clip=forward_backward_flops(config.model, config.decoder) / 1e9,
-        activation_mb_per_clip=activation_bytes_per_clip(config.model, config.decoder) / 1e6,
-        activation_mb_per_pass=activation_bytes_per_pass(config.model, config.decoder) / 1e6,
+        clusters=costs.clusters,
+        kept_tokens_per_cluster=costs.kept_tokens_per_cluster,
+        encoder_tokens=costs.encoder_tokens,
+        decoder_queries=costs.decoder_queries,
+        parameters=costs.parameters,
+        gflops_per_clip=costs.flops_per_clip / 1e9,
+        activation_mb_per_clip=costs.activation_bytes_per_clip / 1e6,
+        activation_mb_per_pass=costs.activation_bytes_per_pass / 1e6,
         global_batch=train.global_batch,
         world_size=world_size,
         micro_batch=train.micro_batch,

@@ -1,129 +1,140 @@
-"""Loss on the held-out split, beside two controls that tell whether the model learned and uses its context."""
+"""Measures a held-out split with the weights as they are: nothing is updated, every rank learns the same."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from numpy.typing import NDArray
 
-from arvideo_dist.config.model import ModelConfig
-from arvideo_dist.data.loader import BadRecord, Batch
-from arvideo_dist.tasks.picture import reconstruction
+from arvideo_dist.config.commands import RunConfig
+from arvideo_dist.config.sources import validation_options
+from arvideo_dist.data.index import load_manifest
+from arvideo_dist.data.loader import BadRecord, Batch, ClipLoader, ClipSource
+from arvideo_dist.tasks.picture import png
+from arvideo_dist.tasks.task import Task
 from arvideo_dist.train.engine.engine import Engine
 from arvideo_dist.train.health.activity import activity
+from arvideo_dist.train.samples.bad_samples import BadSamples
+from arvideo_dist.train.tracking.deferred import DeferredWrites
 
-PICTURED_CLIPS = 3
+if TYPE_CHECKING:
+    from arvideo_dist.train.tracking.outbox import QueuedTracker  # imports MLflow, which only rank 0 needs
 
 
 @dataclass
 class Validation:
+    """What the held-out split said."""
+
     metrics: dict[str, float]  # the same on all ranks; one that nothing was read for is absent
-    picture: np.ndarray | None  # on rank 0, where it read a clip
+    picture: NDArray[np.uint8] | None  # on rank 0, if the task makes one and that rank read a clip
     bad: list[BadRecord]  # of this rank
 
 
 def validate(
-    engine: Engine, steps: Iterable[list[Batch]], model: ModelConfig, control: dist.ProcessGroup
+    engine: Engine, task: Task[Any], steps: Iterable[list[Batch]], control: dist.ProcessGroup
 ) -> Validation:
-    """Weighted means over all clips of `steps` on all ranks:
-
-    `loss/val`: the model's loss. `loss/val_other_context`: its loss when each clip is predicted from another
-    clip's context (clips without a partner in their micro batch are left out). `loss/constant_predictor`: the
-    loss of the best constant cube on the same targets, hence what a model scores that ignores its input.
-    `bad_validation_samples`: clips that could not be used, which have no part in the others.
-    """
+    """Collective. The task's metrics over all clips of `steps` on all ranks, and `bad_validation_samples`: clips
+    that could not be used, which have no part in the others."""
     engine.set_training(False)
-    sums: torch.Tensor | None = None
+    sums: dict[str, torch.Tensor] = {}
     picture, bad = None, list[BadRecord]()
     activity.together("validates, batch 0")
     with torch.no_grad():
         hosts = (host_batch for step in steps for host_batch in step)
         for number, host_batch in enumerate(hosts, start=1):
             bad += host_batch.bad
-            batch = host_batch.to(engine.device)
-            output = engine.forward(batch)
-            partners, paired = _partners(batch.weights)
-            other = engine.forward(batch, context_clips=batch.clips[partners])
-            batch_sums = _batch_sums(batch, output.loss_b, other.loss_b, paired, output.targets_bmp)
-            sums = batch_sums if sums is None else sums + batch_sums
-            if picture is None and dist.get_rank() == 0 and bool((batch.weights > 0).any()):
-                shown = batch.weights.nonzero().flatten()[:PICTURED_CLIPS]
-                picture = reconstruction(
-                    batch.clips[shown],
-                    batch.context_ids[shown],
-                    batch.target_ids[shown],
-                    output.predictions_bmp[shown],
-                    model,
-                )
+            wants_picture = picture is None and dist.get_rank() == 0
+            measured = task.measure(engine.forward, host_batch.to(engine.device), picture=wants_picture)
+            sums = {name: sums[name] + value if sums else value for name, value in measured.sums.items()}
+            picture = measured.picture if picture is None else picture
             activity.together(f"validates, batch {number}")  # ZeRO-3 gathers weights for each
     engine.set_training(True)
     activity.together("joins the validation of all ranks")
-    assert sums is not None, "the validation loader gives every rank at least one batch"
-    sums = torch.cat([sums, torch.tensor([float(len(bad))], dtype=torch.float64)])
-    dist.all_reduce(sums, group=control)
-    return Validation(_metrics(sums), picture, bad)
-
-
-def _metrics(sums: torch.Tensor) -> dict[str, float]:
-    """`sums`: those of `_batch_sums` over all ranks, then the number of bad samples."""
-    loss, weight, other_loss, pairs, targets = sums[:5].tolist()
-    total_p, squares_p = sums[5:-1].chunk(2)
-    metrics = {"bad_validation_samples": float(sums[-1])}
-    if weight:
-        metrics["loss/val"] = loss / weight
-        metrics["loss/constant_predictor"] = float(
-            (squares_p / targets - (total_p / targets).square()).mean()
-        )
-    if pairs:
-        metrics["loss/val_other_context"] = other_loss / pairs
+    assert sums, "the validation loader gives every rank at least one batch"
+    sums["bad_validation_samples"] = torch.tensor(float(len(bad)), dtype=torch.float64)
+    totals = _add_over_ranks(sums, control)
+    metrics = {"bad_validation_samples": float(totals.pop("bad_validation_samples")), **task.metrics(totals)}
     # A model that has diverged: MLflow would make 1.8e308 of Inf.
-    return {name: value for name, value in metrics.items() if math.isfinite(value)}
+    return Validation({n: value for n, value in metrics.items() if math.isfinite(value)}, picture, bad)
 
 
-def validation_line(metrics: Mapping[str, float]) -> str:
+class Validator:
+    """Measures the held-out split of a task while it trains, logs and says what it found."""
+
+    def __init__(
+        self,
+        task: Task[Any],
+        engine: Engine,
+        control: dist.ProcessGroup,
+        bad: BadSamples,
+        notes: DeferredWrites,
+        tracker: QueuedTracker | None,
+        say: Callable[[str], None],
+    ) -> None:
+        """`tracker`: on rank 0, else None."""
+        self._task, self._engine, self._control = task, engine, control
+        self._bad, self._notes, self._tracker, self._say = bad, notes, tracker, say
+
+    def __call__(self, step: int) -> dict[str, float]:
+        """Collective. The metrics with the weights after `step`, the same on all ranks; none if there is no such
+        split. Raises RunStoppedError on all ranks if too many of its samples are bad."""
+        source = self._task.validation_source()
+        if source is None:
+            return {}
+        clips = min(
+            load_manifest(source.storage, source.split).samples, self._task.config.validation.max_clips
+        )
+        result = validate(self._engine, self._task, self._loader(source, clips), self._control)
+        activity.alone("writes the validation")
+        if self._tracker is not None:
+            self._tracker.log(step, result.metrics)
+            if result.picture is not None:
+                name, picture = f"pictures/step-{step:08d}.png", png(result.picture)
+                self._tracker.log_bytes(name, picture)
+                self._notes.put(name, picture)
+        self._say(f"step {step}  {validation_line(self._task, result.metrics)}")
+        activity.together("joins the bad samples of the validation")
+        self._bad.validated(result.bad, clips)
+        return result.metrics
+
+    def _loader(self, source: ClipSource, clips: int) -> ClipLoader:
+        config: RunConfig = self._task.config
+        return ClipLoader(
+            [source],
+            clip_frames=config.model.frames,
+            image_size=config.model.image_size,
+            draw=self._task.draw_of_validation(),
+            seed=config.run.seed,
+            position=0,
+            global_batch=config.train.micro_batch * dist.get_world_size(),
+            micro_batch=config.train.micro_batch,
+            rank=dist.get_rank(),
+            world_size=dist.get_world_size(),
+            workers=min(config.data.workers, 2),
+            stop_position=clips,
+            shuffle=False,
+            options=validation_options(config.data, pin_memory=self._engine.device.type == "cuda"),
+        )
+
+
+def _add_over_ranks(sums: dict[str, torch.Tensor], control: dist.ProcessGroup) -> dict[str, torch.Tensor]:
+    joined = torch.cat([value.flatten() for value in sums.values()])
+    dist.all_reduce(joined, group=control)
+    pieces = joined.split([value.numel() for value in sums.values()])
+    return {name: piece.view_as(sums[name]) for name, piece in zip(sums, pieces, strict=True)}
+
+
+def validation_line(task: Task[Any], metrics: dict[str, float]) -> str:
     """For the terminal."""
-    parts = [f"{name} {value:.4f}" for name, value in metrics.items() if name.startswith("loss/")]
+    parts = [task.validation_line(metrics)]
     if "loss/val" not in metrics:
         parts.insert(0, "no loss/val: no clip of the validation could be used, or the loss is not finite")
     if bad := metrics["bad_validation_samples"]:
         parts.append(f"bad validation samples {bad:.0f}")
-    return "  ".join(parts)
-
-
-def _partners(weights_b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """For each clip another usable clip of the micro batch [B], and whether it has one (bool [B])."""
-    partners = torch.arange(len(weights_b), device=weights_b.device)
-    usable = weights_b.nonzero().flatten()
-    paired = torch.zeros(len(weights_b), dtype=torch.bool, device=weights_b.device)
-    if len(usable) > 1:
-        partners[usable] = usable.roll(1)
-        paired[usable] = True
-    return partners, paired
-
-
-def _batch_sums(
-    batch: Batch,
-    loss_b: torch.Tensor,
-    other_loss_b: torch.Tensor,
-    paired_b: torch.Tensor,
-    targets_bmp: torch.Tensor,
-) -> torch.Tensor:
-    """Host float64 vector: loss, weight, loss with another context, pairs, targets, then per cube value the
-    sum and the sum of squares of the targets."""
-    weights_b = batch.weights.double().cpu()
-    usable_tp = targets_bmp[batch.weights > 0].flatten(0, 1)
-    scalars = torch.stack(
-        [
-            (loss_b.cpu() * weights_b).sum(),
-            weights_b.sum(),
-            (other_loss_b.cpu().double() * paired_b.cpu()).sum(),
-            paired_b.double().cpu().sum(),
-            torch.tensor(float(len(usable_tp)), dtype=torch.float64),
-        ]
-    )
-    sums_p = usable_tp.sum(0, dtype=torch.float64), usable_tp.square().sum(0, dtype=torch.float64)
-    return torch.cat([scalars, *(sum_p.cpu() for sum_p in sums_p)])
+    return "  ".join(filter(None, parts))

@@ -8,15 +8,15 @@ import pytest
 import torch
 
 from arvideo_dist.analysis.clips import choose_source, load_clips
-from arvideo_dist.config.commands import RunConfig
+from arvideo_dist.config.commands import PretrainConfig
 from arvideo_dist.config.model import DecoderConfig, ModelConfig
-from arvideo_dist.config.optim import OptimConfig
 from arvideo_dist.model.kinds import build_model
 from arvideo_dist.storage import Storage
-from arvideo_dist.train.engine.engine import Engine
+from arvideo_dist.tasks.pretraining import TokenDraw
 from arvideo_dist.train.tracking.runs import open_run
 from tests.data.conftest import encode, write_dataset
 from tests.train.distributed import run_ranks, save_checkpoint
+from tests.train.engines import engine_of
 
 CLIPS = 3
 GEOMETRY = {"encoder": "demo", "frames": 4, "image_size": 32, "tubelet": (2, 8, 8)}
@@ -27,8 +27,8 @@ MODELS = {
 }
 
 
-def run_config(folder: Path, kind: str) -> RunConfig:
-    return RunConfig.model_validate(
+def run_config(folder: Path, kind: str) -> PretrainConfig:
+    return PretrainConfig.model_validate(
         {
             "run": {"name": kind, "storage_path": str(folder)},
             "data": {"path": str(folder / "data"), "stride": 2},
@@ -45,9 +45,9 @@ def _train(folder: Path) -> None:
         torch.manual_seed(0)
         model = build_model(config.model, config.decoder)
         clips = load_clips(
-            choose_source(config.data, None, None, None), 1, 4, 32, model.sequences.draw_sequence, seed=0
+            choose_source(config.data, None, None, None), 1, 4, 32, TokenDraw(model.sequences), seed=0
         )
-        engine = Engine(model, config.train, OptimConfig(), torch.device("cpu"), 1)
+        engine = engine_of(model, config.train)
         engine.accumulate(list(clips), 1.0)
         engine.apply(1e-3)
         save_checkpoint(

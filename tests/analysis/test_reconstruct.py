@@ -22,6 +22,7 @@ from arvideo_dist.model.clusters import Clusters, PredictionStep
 from arvideo_dist.model.pretraining import restore_pixels
 from arvideo_dist.model.vit import to_cubes
 from arvideo_dist.tasks.picture import Page, gif
+from arvideo_dist.tasks.pretraining import TokenDraw
 from arvideo_dist.trained import open_trained
 from tests.analysis.conftest import CLIPS, MODELS, run_config
 
@@ -34,7 +35,7 @@ def predicted_clips(runs: Path, kind: str) -> list[Predicted]:
     config, trained = run_config(runs, kind), open_trained(str(runs / kind))
     model = trained.load_model()
     source = choose_source(config.data, None, None, None)
-    batches = load_clips(source, CLIPS, 4, 32, model.sequences.draw_sequence, seed=0)
+    batches = load_clips(source, CLIPS, 4, 32, TokenDraw(model.sequences), seed=0)
     return [predict(model, batch) for batch in batches]
 
 

@@ -21,7 +21,7 @@ from arvideo_dist import pretrain
 from arvideo_dist.checks import start
 from arvideo_dist.checks.finding import Finding
 from arvideo_dist.checks.stores import check_mlflow, check_storage
-from arvideo_dist.config.commands import RunConfig
+from arvideo_dist.config.commands import PretrainConfig
 from arvideo_dist.storage import Storage
 from tests.data.conftest import FRAMES, write_dataset
 from tests.services.s3 import S3
@@ -138,8 +138,8 @@ def found(
         server.close()
 
 
-def _config(storage_path: str, **sections: Any) -> RunConfig:
-    return RunConfig.model_validate(
+def _config(storage_path: str, **sections: Any) -> PretrainConfig:
+    return PretrainConfig.model_validate(
         {**TINY, "run": {"name": "new", "storage_path": storage_path}, **sections}
     )
 
@@ -147,13 +147,13 @@ def _config(storage_path: str, **sections: Any) -> RunConfig:
 def _code(findings: list[Finding], run: Storage, monkeypatch: pytest.MonkeyPatch) -> int:
     """That `pretrain` ends with where its start finds this."""
 
-    def check(config: RunConfig) -> None:
+    def check(config: PretrainConfig) -> None:
         start._stop_at_errors(findings, run)
 
     return _exit_code(monkeypatch, check)
 
 
-def _exit_code(monkeypatch: pytest.MonkeyPatch, check: Callable[[RunConfig], None]) -> int:
+def _exit_code(monkeypatch: pytest.MonkeyPatch, check: Callable[[PretrainConfig], None]) -> int:
     monkeypatch.setattr(pretrain, "check_driver", check)
     monkeypatch.setattr(pretrain, "already_finished", lambda config: None)
     with pytest.raises(SystemExit) as ended:

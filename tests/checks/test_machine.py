@@ -21,7 +21,7 @@ from arvideo_dist.checks.machine import (
 )
 from arvideo_dist.checks.memory import NOTHING
 from arvideo_dist.checks.needs import Needs, needs_of
-from arvideo_dist.config.commands import RunConfig
+from arvideo_dist.config.commands import PretrainConfig
 from arvideo_dist.data.shared import SLOTS
 from arvideo_dist.tasks.derived import derive
 from arvideo_dist.train.checkpoint.layout import FOLDER
@@ -31,7 +31,7 @@ NONE = Needs(shm=0, shm_for_large_batches=0, memory=NOTHING, device_memory=NOTHI
 
 
 def _needs(*, cuda: bool = False, **sections: dict[str, object]) -> Needs:
-    config = RunConfig.model_validate(sections)
+    config = PretrainConfig.model_validate(sections)
     return needs_of(config, derive(config, None), cuda=cuda)
 
 
@@ -88,16 +88,16 @@ def test_index_tensors_too_large_for_the_pipe_need_shared_memory() -> None:
     }
     train = {"global_batch": 64, "micro_batch": 32}
     found = _needs(model=pixels, train=train, data={"workers": 1}, cluster={"workers": 1})
-    config = RunConfig.model_validate({"model": pixels, "train": train})
+    config = PretrainConfig.model_validate({"model": pixels, "train": train})
     derived = derive(config, None)
     ids = [8 * 32 * derived.encoder_tokens, 8 * 32 * derived.decoder_queries]
     assert found.shm == MIB + 4 * sum(size for size in ids if size > MIB)
     assert found.shm > MIB
 
 
-def _run_on(folder: Path) -> RunConfig:
+def _run_on(folder: Path) -> PretrainConfig:
     run = {"name": "run", "storage_path": str(folder), "keep_last": 2}
-    return RunConfig.model_validate({"run": run})
+    return PretrainConfig.model_validate({"run": run})
 
 
 def test_storage_must_hold_one_checkpoint_more_than_are_kept(small_shm: Path) -> None:
@@ -123,7 +123,9 @@ def test_full_scratch_disk_is_named_with_its_folder(small_shm: Path, monkeypatch
 
 def test_shard_cache_that_the_disk_cannot_hold_is_refused(small_shm: Path) -> None:
     data = {"shard_cache": str(small_shm), "shard_cache_gib": 1, "shuffle_block_shards": 4}
-    config = _run_on(small_shm).model_copy(update={"data": RunConfig.model_validate({"data": data}).data})
+    config = _run_on(small_shm).model_copy(
+        update={"data": PretrainConfig.model_validate({"data": data}).data}
+    )
     found = check_disk(config, _needs(data=data))[1]
     assert found.level is Level.ERROR
     assert "lower data.shard_cache_gib" in found.message
@@ -149,7 +151,7 @@ def test_other_versions_than_the_drivers_are_named() -> None:
 def test_shard_cache_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     data = {"shard_cache": str(tmp_path / "file/cache"), "shard_cache_gib": 1, "shuffle_block_shards": 4}
-    config = _run_on(tmp_path).model_copy(update={"data": RunConfig.model_validate({"data": data}).data})
+    config = _run_on(tmp_path).model_copy(update={"data": PretrainConfig.model_validate({"data": data}).data})
     found = check_disk(config, _needs(data=data))[1]
     assert found.level is Level.ERROR
     assert "cannot be written (Not a directory): set data.shard_cache" in found.message

@@ -12,14 +12,14 @@ from arvideo_dist.checks.finding import Level
 from arvideo_dist.checks.machine import check_memory, judge_device_memory
 from arvideo_dist.checks.memory import NOTHING, Memory, memory_of
 from arvideo_dist.checks.needs import needs_of
-from arvideo_dist.config.commands import RunConfig
+from arvideo_dist.config.commands import PretrainConfig
 from arvideo_dist.tasks.derived import Derived, derive
 
 GIB = 2**30
 
 
 def _memory(*, cuda: bool = False, **sections: Any) -> tuple[Memory, Memory, Derived]:
-    config = RunConfig.model_validate(sections)
+    config = PretrainConfig.model_validate(sections)
     derived = derive(config, None)
     return *memory_of(config, derived, cuda=cuda), derived
 
@@ -97,7 +97,7 @@ def test_the_largest_micro_batch_is_the_largest_that_fits() -> None:
 
 def _check(free: float, monkeypatch: pytest.MonkeyPatch, workers_here: int = 2, **train: Any) -> Any:
     monkeypatch.setattr(machine, "_free_memory", lambda: int(free))
-    config = RunConfig.model_validate(
+    config = PretrainConfig.model_validate(
         {
             "train": {"global_batch": 256, "micro_batch": 32, **train},
             "cluster": {"workers": 2, "device": "cpu"},

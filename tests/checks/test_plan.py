@@ -7,12 +7,12 @@ from typing import Any
 import pytest
 
 from arvideo_dist.checks.plan import check_pace, check_plan
-from arvideo_dist.config.commands import RunConfig
+from arvideo_dist.config.commands import PretrainConfig
 from arvideo_dist.tasks.derived import derive
 
 
-def _config(**sections: Any) -> RunConfig:
-    return RunConfig.model_validate({"optim": {"warmup_epochs": 0}, **sections})
+def _config(**sections: Any) -> PretrainConfig:
+    return PretrainConfig.model_validate({"optim": {"warmup_epochs": 0}, **sections})
 
 
 def test_a_global_batch_above_the_number_of_samples_is_said() -> None:

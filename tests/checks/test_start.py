@@ -14,7 +14,7 @@ import torch.distributed as dist
 from arvideo_dist.checks import finding, machine, start
 from arvideo_dist.checks.finding import Finding, Level
 from arvideo_dist.checks.start import check_driver, check_run, check_workers_start
-from arvideo_dist.config.commands import RunConfig
+from arvideo_dist.config.commands import PretrainConfig
 from arvideo_dist.storage import Storage
 from arvideo_dist.tasks.derived import derive
 from arvideo_dist.train.checkpoint.layout import FOLDER, MANIFEST
@@ -27,10 +27,10 @@ from tests.train.distributed import run_ranks
 from tests.train.runs import TINY
 
 
-def _config(folder: Path, **sections: dict[str, Any]) -> RunConfig:
+def _config(folder: Path, **sections: dict[str, Any]) -> PretrainConfig:
     merged = {**TINY, "run": {"name": "run", "storage_path": str(folder / "runs")}}
     merged["data"] = {"path": str(folder / "data"), "val_split": None, "workers": 1}
-    return RunConfig.model_validate({**merged, **sections})
+    return PretrainConfig.model_validate({**merged, **sections})
 
 
 @pytest.fixture
@@ -82,7 +82,7 @@ def test_new_run_wants_its_tracking_server_and_one_that_goes_on_does_not(
     assert "warning: mlflow: http://127.0.0.1:" in capsys.readouterr().out
 
 
-def _start_ranks(config: RunConfig, guard: Guard, small_shm_on: int | None) -> str:
+def _start_ranks(config: PretrainConfig, guard: Guard, small_shm_on: int | None) -> str:
     """What stops this rank, or nothing."""
     finding.time.sleep = lambda seconds: None
     if dist.get_rank() == small_shm_on:
@@ -95,7 +95,7 @@ def _start_ranks(config: RunConfig, guard: Guard, small_shm_on: int | None) -> s
     return ""
 
 
-def _guard(config: RunConfig, *, with_checkpoint: bool) -> Guard:
+def _guard(config: PretrainConfig, *, with_checkpoint: bool) -> Guard:
     run = Storage(config.run.storage_path).child("run")
     if with_checkpoint:
         run.write_bytes(f"{FOLDER}/step-00000001/{MANIFEST}", b"{}")

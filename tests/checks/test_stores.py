@@ -23,7 +23,7 @@ from arvideo_dist.checks.stores import (
     check_storage,
     manifest_digests,
 )
-from arvideo_dist.config.commands import RunConfig
+from arvideo_dist.config.commands import PretrainConfig
 from arvideo_dist.data.index import manifest_name
 from arvideo_dist.storage import Storage
 from tests.data.conftest import FRAMES, write_dataset
@@ -31,8 +31,8 @@ from tests.services.mlflow_server import new_database
 from tests.services.s3 import S3
 
 
-def _config(storage: str = "runs", **data: Any) -> RunConfig:
-    return RunConfig.model_validate(
+def _config(storage: str = "runs", **data: Any) -> PretrainConfig:
+    return PretrainConfig.model_validate(
         {"run": {"name": "run", "storage_path": storage}, "data": {"val_split": None, **data}}
     )
 

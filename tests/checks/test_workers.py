@@ -16,7 +16,7 @@ from arvideo_dist.checks import workers
 from arvideo_dist.checks.cluster import slots
 from arvideo_dist.checks.finding import Finding, Level, errors
 from arvideo_dist.checks.workers import check_workers
-from arvideo_dist.config.commands import RunConfig
+from arvideo_dist.config.commands import PretrainConfig
 from arvideo_dist.tasks.derived import derive
 from tests import warm
 from tests.data.conftest import FRAMES, write_dataset
@@ -87,7 +87,7 @@ def test_faults_of_workers_are_named_with_worker_and_remedy(
     sections["train"] = {**TINY["train"], "global_batch": 2**24}
     sections["model"] = {**TINY["model"], "frames": 16, "image_size": 224}
     (tmp_path / "data" / "train-000003.tar").unlink()
-    config = RunConfig.model_validate({**TINY, **sections, "cluster": TINY["cluster"]})
+    config = PretrainConfig.model_validate({**TINY, **sections, "cluster": TINY["cluster"]})
     findings = check_workers(config, derive(config, None), tracking_uri=None, use_gpu=False, wait_s=0)
     reach = _of("network", findings)
     assert [f.where.split(" on ")[0] for f in errors(reach)] == ["worker 0", "worker 1"]
@@ -109,7 +109,7 @@ def test_run_that_the_cluster_has_no_room_for_is_refused_at_once(
     cluster: None, sections: dict[str, dict[str, Any]]
 ) -> None:
     sections["cluster"] = {"workers": [3, 4], "device": "cpu", "cpus_per_worker": 4}
-    config = RunConfig.model_validate({**TINY, **sections})
+    config = PretrainConfig.model_validate({**TINY, **sections})
     (found,) = check_workers(config, derive(config, None), tracking_uri=None, use_gpu=False, wait_s=0)
     assert found.level is Level.ERROR
     assert "room for 0 workers of 4 CPUs, the run wants at least 3: add nodes" in found.message

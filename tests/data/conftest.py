@@ -133,5 +133,5 @@ def make_dataset() -> Callable[..., Storage]:
 
 
 @pytest.fixture(scope="session")
-def sequence() -> Callable:
+def draw() -> Callable:
     return draw_ids

@@ -11,13 +11,15 @@ from pathlib import Path
 import numpy as np
 
 from arvideo_dist.data.decode import decode_rgb
+from arvideo_dist.data.index import SampleRow
+from arvideo_dist.data.order import Stream, sample_generator
 from arvideo_dist.data.workers import watched
 
 
-def draw_ids(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+def draw_ids(seed: int, place: int, row: SampleRow) -> dict[str, np.ndarray]:
     """A stand-in for the model's prediction sequence: 6 context and 10 target ids."""
-    order = rng.permutation(16)
-    return order[:6], order[6:]
+    order = sample_generator(seed, place, Stream.SEQUENCE).permutation(16)
+    return {"context_ids": order[:6], "target_ids": order[6:]}
 
 
 class Accidents:

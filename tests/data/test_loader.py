@@ -39,7 +39,7 @@ SAMPLES = 11
 
 
 @pytest.fixture(scope="module")
-def make_loader(sequence: Callable) -> Callable[..., ClipLoader]:
+def make_loader(draw: Callable) -> Callable[..., ClipLoader]:
     def make(storage: Storage, **changes: Any) -> ClipLoader:
         source = {"split": "train", "stride": 2, "crop_scales": (1.0, 0.875, 0.75, 0.66)}
         source |= {name: changes.pop(name) for name in list(changes) if name in source}
@@ -49,7 +49,7 @@ def make_loader(sequence: Callable) -> Callable[..., ClipLoader]:
             "options": LoaderOptions(**options),
             "clip_frames": 4,
             "image_size": 32,
-            "sequence": sequence,
+            "draw": draw,
             "seed": 5,
             "position": 0,
             "global_batch": 7,
@@ -80,7 +80,10 @@ def seen(loader: ClipLoader) -> dict[int, tuple]:
                 continue
             assert place not in result
             digest = hashlib.sha256(batch.clips[i].contiguous().numpy().tobytes()).hexdigest()
-            ids = (tuple(batch.context_ids[i].tolist()), tuple(batch.target_ids[i].tolist()))
+            ids = (
+                tuple(batch.inputs["context_ids"][i].tolist()),
+                tuple(batch.inputs["target_ids"][i].tolist()),
+            )
             result[place] = (digest, *ids, float(batch.weights[i]))
     return result
 
@@ -95,10 +98,10 @@ def test_batch_has_the_stated_shapes_and_types(dataset: Storage, make_loader: Ca
     batch = next(batches(make_loader(dataset)))
     assert batch.clips.shape == (2, 3, 4, 32, 32)
     assert batch.clips.dtype == torch.uint8
-    assert batch.context_ids.shape == (2, 6)
-    assert batch.context_ids.dtype == torch.int64
-    assert batch.target_ids.shape == (2, 10)
-    assert batch.target_ids.dtype == torch.int64
+    assert batch.inputs["context_ids"].shape == (2, 6)
+    assert batch.inputs["context_ids"].dtype == torch.int64
+    assert batch.inputs["target_ids"].shape == (2, 10)
+    assert batch.inputs["target_ids"].dtype == torch.int64
     assert batch.weights.tolist() == [1.0, 1.0]
     assert batch.weights.dtype == torch.float32
     assert batch.places.tolist() == [0, 1]
@@ -289,7 +292,7 @@ def test_workers_end_with_their_rank(dataset: Storage, tmp_path: Path, ending: A
 
         loader = ClipLoader(
             [ClipSource(Storage(sys.argv[1]), "train", stride=2, crop_scales=None)],
-            clip_frames=4, image_size=32, sequence=draw_ids, seed=0, position=0, global_batch=2, micro_batch=2,
+            clip_frames=4, image_size=32, draw=draw_ids, seed=0, position=0, global_batch=2, micro_batch=2,
             rank=0, world_size=1, workers=2, stop_position=None,
         )
         for number, step in enumerate(loader):

@@ -6,19 +6,19 @@ from pathlib import Path
 
 import pytest
 
-from arvideo_dist.config.commands import RunConfig
+from arvideo_dist.config.commands import PretrainConfig
 from arvideo_dist.config.settings import read_config
 from arvideo_dist.tasks.derived import derive
 
 JOBS = Path(__file__).resolve().parents[2] / "jobs"
 
 
-def recipe(name: str) -> RunConfig:
-    return read_config(["--config", str(JOBS / name)])[0]
+def recipe(name: str) -> PretrainConfig:
+    return read_config(PretrainConfig, ["--config", str(JOBS / name)])[0]
 
 
 def test_k400_recipe_is_the_default_configuration() -> None:
-    assert recipe("pretrain-k400.yaml") == RunConfig()
+    assert recipe("pretrain-k400.yaml") == PretrainConfig()
 
 
 def test_ssv2_recipe_differs_from_k400_in_name_and_stride_only() -> None:
@@ -26,7 +26,7 @@ def test_ssv2_recipe_differs_from_k400_in_name_and_stride_only() -> None:
         f"{section}.{field}": value
         for section, fields in recipe("pretrain-ssv2.yaml").model_dump().items()
         for field, value in fields.items()
-        if value != getattr(getattr(RunConfig(), section), field)
+        if value != getattr(getattr(PretrainConfig(), section), field)
     }
     assert changed == {"run.name": "arvideo-vit-b-ssv2", "data.stride": 2}
 
@@ -36,9 +36,9 @@ def test_recipes_leave_places_to_the_environment(name: str) -> None:
     """The environment would win over the file anyway: a place in it could only mislead."""
     given = recipe(name)
     assert given.data.path is None
-    assert given.run.storage_path == RunConfig().run.storage_path
+    assert given.run.storage_path == PretrainConfig().run.storage_path
     assert given.tracking.uri is None
-    assert given.cluster == RunConfig().cluster
+    assert given.cluster == PretrainConfig().cluster
 
 
 @pytest.mark.parametrize("name", ["pretrain-k400.yaml", "pretrain-ssv2.yaml"])

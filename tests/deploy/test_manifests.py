@@ -12,7 +12,7 @@ import manifest_checks as checks
 import pytest
 from manifest_checks import ROOT, Doc, load_manifests, named
 
-from arvideo_dist.config.commands import RunConfig
+from arvideo_dist.config.commands import PretrainConfig
 from arvideo_dist.config.settings import read_config
 
 PINS = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().split())
@@ -33,7 +33,7 @@ CHECKS: dict[str, Callable[[list[Doc]], list[str]]] = {
     "capacity": lambda docs: checks.capacity_problems(docs, cpus_per_worker=1),
     "restricted": lambda docs: checks.restricted_problems(docs, IMAGE_UID),
     "secret": checks.secret_problems,
-    "life": lambda docs: checks.life_problems(docs, RunConfig().run.preemption_grace_s),
+    "life": lambda docs: checks.life_problems(docs, PretrainConfig().run.preemption_grace_s),
 }
 
 ABBREVIATIONS = {
@@ -161,7 +161,7 @@ def test_environment_alone_configures_a_run(monkeypatch: pytest.MonkeyPatch) -> 
     """`ray job submit -- python -m arvideo_dist.pretrain`: no file, no flag, only what the pods carry."""
     for name, value in named(MANIFESTS, "ConfigMap")["data"].items():
         monkeypatch.setenv(name, value)
-    resolved, _ = read_config([])
+    resolved, _ = read_config(PretrainConfig, [])
     assert resolved.data.path == "/data/k400"
     assert resolved.run.storage_path == "/runs"
     assert resolved.tracking.uri == "http://mlflow:5000"

@@ -15,7 +15,7 @@ import pytest
 from manifest_checks import load_manifests, named
 from mlflow.tracking import MlflowClient
 
-from arvideo_dist.config.commands import RunConfig
+from arvideo_dist.config.commands import PretrainConfig
 from arvideo_dist.storage import Storage
 from arvideo_dist.train.tracking.runs import Tracker, close_run, open_run, tracking_uri
 
@@ -90,7 +90,7 @@ def test_probes_pass_though_the_kubelet_names_the_pod_by_its_address(server: int
 def test_run_is_tracked_through_the_server_and_replayed_steps_are_written_once(
     server: int, tmp_path: Path
 ) -> None:
-    config = RunConfig.model_validate(
+    config = PretrainConfig.model_validate(
         {
             "run": {"name": "tracked", "storage_path": str(tmp_path)},
             "tracking": {"uri": f"http://127.0.0.1:{server}"},
@@ -120,7 +120,7 @@ def test_run_is_tracked_through_the_server_and_replayed_steps_are_written_once(
 
 
 def test_run_whose_mlflow_run_is_gone_is_refused_with_the_remedy(server: int, tmp_path: Path) -> None:
-    config = RunConfig.model_validate(
+    config = PretrainConfig.model_validate(
         {
             "run": {"name": "lost", "storage_path": str(tmp_path)},
             "tracking": {"uri": f"http://127.0.0.1:{server}"},

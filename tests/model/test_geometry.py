@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from arvideo_dist.config.commands import RunConfig
+from arvideo_dist.config.commands import PretrainConfig
 from arvideo_dist.config.model import DecoderConfig, ModelConfig
 from arvideo_dist.model.kinds import build_model
 from arvideo_dist.model.vit import ENCODER_SIZES, EncoderSize
@@ -51,7 +51,7 @@ def test_other_geometries_train(
     assert config.token_grid == grid
     size, count = math.prod(cluster), math.prod(grid) // math.prod(cluster)
     places, masked = grid[1] * grid[2], int(0.8 * grid[1] * grid[2])
-    derived = derive(RunConfig(model=config, decoder=DECODER), None)
+    derived = derive(PretrainConfig(model=config, decoder=DECODER), None)
     assert (derived.encoder_tokens, derived.decoder_queries) == (
         ((count - 1) * (size - int(0.8 * size)), (count - 1) * size)
         if kind == "arvideo"

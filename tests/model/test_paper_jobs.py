@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from arvideo_dist.config.commands import RunConfig
+from arvideo_dist.config.commands import PretrainConfig
 from arvideo_dist.config.model import DecoderConfig, ModelConfig
 from arvideo_dist.config.settings import read_config
 from arvideo_dist.model.kinds import build_model
@@ -94,8 +94,8 @@ def _no_outer_configuration(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("ARVIDEO_CONFIG", raising=False)
 
 
-def read(name: str) -> RunConfig:
-    return read_config(["--config", str(PAPER / f"{name}.yaml")])[0]
+def read(name: str) -> PretrainConfig:
+    return read_config(PretrainConfig, ["--config", str(PAPER / f"{name}.yaml")])[0]
 
 
 def test_the_tables_name_every_file() -> None:

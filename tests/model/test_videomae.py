@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import VideoMAEConfig, VideoMAEForPreTraining
 
-from arvideo_dist.config.commands import RunConfig
+from arvideo_dist.config.commands import PretrainConfig
 from arvideo_dist.config.model import DecoderConfig, ModelConfig
 from arvideo_dist.model.kinds import build_model
 from arvideo_dist.model.layouts import to_encoder
@@ -109,7 +109,7 @@ def test_tubes_cover_the_same_uniform_places_at_every_time() -> None:
 def test_base_model_has_the_papers_tokens_and_costs_what_the_reference_counts() -> None:
     """208.9 GFLOP, as transformers' class costs, which embeds masked cubes too before it drops them."""
     model, decoder = ModelConfig(kind="videomae", mask_ratio=0.9), DecoderConfig(width=384)
-    derived = derive(RunConfig(model=model, decoder=decoder), None)
+    derived = derive(PretrainConfig(model=model, decoder=decoder), None)
     assert (derived.encoder_tokens, derived.decoder_queries, derived.clusters) == (160, 1408, None)
     embedding_masked = 2 * 2 * 1408 * 1536 * 768 / 1e9  # forward and the weight's gradient
     assert derived.gflops_per_clip == pytest.approx(202.3, abs=0.05)
@@ -127,4 +127,4 @@ def test_base_model_has_the_papers_tokens_and_costs_what_the_reference_counts() 
 )
 def test_settings_of_other_methods_are_refused(model: dict, decoder: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        RunConfig(model=small(**model), decoder=DecoderConfig(**decoder))
+        PretrainConfig(model=small(**model), decoder=DecoderConfig(**decoder))

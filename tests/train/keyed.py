@@ -9,10 +9,9 @@ from unittest import mock
 import numpy as np
 import torch
 import torch.distributed as dist
-from arvideo_dist.train.engine.engine.schedule import learning_rate
 
 from arvideo_dist.config.model import DecoderConfig, ModelConfig
-from arvideo_dist.config.optim import OptimConfig, TrainConfig
+from arvideo_dist.config.optim import TrainConfig
 from arvideo_dist.data.loader import Batch
 from arvideo_dist.data.order import places_of_rank
 from arvideo_dist.model.arvideo import ARVideo
@@ -23,6 +22,8 @@ from arvideo_dist.train.checkpoint.layout import complete_checkpoints
 from arvideo_dist.train.checkpoint.reader import Checkpoint
 from arvideo_dist.train.checkpoint.saver import Saver
 from arvideo_dist.train.engine.engine import Engine
+from arvideo_dist.train.engine.schedule import learning_rate
+from tests.train.engines import engine_of
 
 MODEL = ModelConfig(
     encoder="demo", frames=4, image_size=16, tubelet=(2, 8, 8), cluster=(1, 1, 2), mask_ratio=0.5
@@ -46,7 +47,7 @@ def new_engine(model: ARVideo, stage: int, precision: str = "fp32") -> Engine:
         global_batch=GLOBAL_BATCH, micro_batch=MICRO_BATCH, zero_stage=stage, precision=precision
     )
     accumulation = -(-GLOBAL_BATCH // (MICRO_BATCH * dist.get_world_size()))
-    return Engine(model, train, OptimConfig(), torch.device("cpu"), accumulation)
+    return engine_of(model, train, accumulation_steps=accumulation)
 
 
 def resumed_engine(run: Storage, stage: int, precision: str = "fp32") -> tuple[Engine, int]:
@@ -78,8 +79,10 @@ def micro_batch(places: list[int]) -> Batch:
         weights.append(0.0 if place in (-1, BAD_PLACE) else 1.0)
     return Batch(
         clips=torch.from_numpy(np.stack(clips)),
-        context_ids=torch.from_numpy(np.stack(contexts)),
-        target_ids=torch.from_numpy(np.stack(targets)),
+        inputs={
+            "context_ids": torch.from_numpy(np.stack(contexts)),
+            "target_ids": torch.from_numpy(np.stack(targets)),
+        },
         weights=torch.tensor(weights),
         places=torch.tensor(places),
         bad=[],

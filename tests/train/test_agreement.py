@@ -12,11 +12,11 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 
-from arvideo_dist.config.commands import RunConfig
+from arvideo_dist.config.commands import PretrainConfig
 from arvideo_dist.config.folder import run_folder
 from arvideo_dist.launch.start import derive_checked
 from arvideo_dist.model.vit import ENCODER_SIZES, EncoderSize
-from arvideo_dist.train.loop import Task, train
+from arvideo_dist.train.compose import Assignment, train
 from arvideo_dist.train.run.lease import acquire
 from arvideo_dist.train.run.stop import RunStoppedError
 from arvideo_dist.train.run.watch import Watch
@@ -34,7 +34,7 @@ def test_ranks_with_another_copy_of_the_data_set_are_named_by_all_ranks_before_t
     write_dataset(tmp_path / "newer", videos, frames)
     shutil.copytree(tmp_path / "newer", tmp_path / "the same")
     copies = [str(tmp_path / name) for name in ("newer", "older", "the same")]
-    config = RunConfig.model_validate(
+    config = PretrainConfig.model_validate(
         {
             "run": {"name": "run", "storage_path": str(tmp_path / "runs")},
             "data": {"path": copies[0], "val_split": None, "workers": 0},
@@ -46,7 +46,7 @@ def test_ranks_with_another_copy_of_the_data_set_are_named_by_all_ranks_before_t
         }
     )
     with acquire(run_folder(config), lease_s=600) as lease:
-        task = Task(config, derive_checked(config), "", "", lease.guard)
+        task = Assignment(config, derive_checked(config), "", "", lease.guard)
         said = run_ranks(3, _what_stops_it, task, copies)
     assert said[0] == said[1] == said[2]
     host = re.escape(socket.gethostname())
@@ -56,7 +56,7 @@ def test_ranks_with_another_copy_of_the_data_set_are_named_by_all_ranks_before_t
     assert "Make the copies of the data set on these hosts the same" in said[0]
 
 
-def _what_stops_it(task: Task, copies: list[str]) -> str:
+def _what_stops_it(task: Assignment, copies: list[str]) -> str:
     """The error that ends this rank, whose node has a copy of its own."""
     data = task.config.data.model_copy(update={"path": copies[dist.get_rank()]})
     task = replace(task, config=task.config.model_copy(update={"data": data}))

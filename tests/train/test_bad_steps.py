@@ -22,7 +22,7 @@ import torch.distributed as dist
 from mlflow.tracking import MlflowClient
 from safetensors.torch import load_file
 
-from arvideo_dist.config.commands import RunConfig
+from arvideo_dist.config.commands import PretrainConfig
 from arvideo_dist.config.folder import run_folder
 from arvideo_dist.config.optim import OptimConfig, TrainConfig
 from arvideo_dist.launch.start import derive_checked
@@ -32,9 +32,9 @@ from arvideo_dist.train.checkpoint.layout import FOLDER, complete_checkpoints
 from arvideo_dist.train.checkpoint.reader import Checkpoint
 from arvideo_dist.train.checkpoint.retention import weights_step
 from arvideo_dist.train.checkpoint.seen import CHECKPOINT_TAG
+from arvideo_dist.train.compose import Assignment, train
 from arvideo_dist.train.engine import zero_state
 from arvideo_dist.train.engine.engine import Engine
-from arvideo_dist.train.loop import Task, train
 from arvideo_dist.train.run.lease import Guard, acquire
 from arvideo_dist.train.run.stop import Interruption, RunStoppedError
 from arvideo_dist.train.run.watch import Watch
@@ -46,6 +46,7 @@ from arvideo_dist.train.tracking.outbox import QueuedTracker
 from tests.conftest import ROOT
 from tests.data.conftest import encode, write_dataset
 from tests.train.distributed import make_saver, run_ranks
+from tests.train.engines import engine_of
 from tests.train.keyed import DECODER, GLOBAL_BATCH, MICRO_BATCH, MODEL, new_model, train_steps
 from tests.train.poison import poisoned
 from tests.train.runs import PretrainProcess, history, make_data, write_config
@@ -96,9 +97,7 @@ def _leave_out(folder: str, stage: int, precision: str, clip: float | None) -> d
     accumulation = GLOBAL_BATCH // (MICRO_BATCH * dist.get_world_size())
 
     def new_engine() -> Engine:
-        return Engine(
-            new_model(), config, OptimConfig(clip_grad_norm=clip), torch.device("cpu"), accumulation
-        )
+        return engine_of(new_model(), config, OptimConfig(clip_grad_norm=clip), accumulation)
 
     found: dict[str, Any] = {}
     engine = new_engine()
@@ -195,8 +194,8 @@ CASES = [
 ]
 
 
-def _config(folder: Path, case: Case) -> RunConfig:
-    return RunConfig.model_validate(
+def _config(folder: Path, case: Case) -> PretrainConfig:
+    return PretrainConfig.model_validate(
         {
             "run": {
                 **{"name": case.name, "storage_path": str(folder / "runs"), "audit": True},
@@ -234,16 +233,16 @@ def printed(folder: Path) -> dict[str, list[str]]:
             derived, run = derive_checked(config), run_folder(config)
             lease = leases.enter_context(acquire(run, lease_s=600))
             run_id = tracking.open_run(config, {}, run)
-            tasks.append(Task(config, derived, tracking.tracking_uri(config), run_id, lease.guard))
+            tasks.append(Assignment(config, derived, tracking.tracking_uri(config), run_id, lease.guard))
         return run_ranks(2, _train_cases, tasks)[0]
 
 
-def _train_cases(tasks: list[Task]) -> dict[str, list[str]]:
+def _train_cases(tasks: list[Assignment]) -> dict[str, list[str]]:
     with mock.patch.dict(ENCODER_SIZES, {MODEL.encoder: EncoderSize(width=64, depth=1, heads=1)}):
         return {case.name: _train_case(case, task) for case, task in zip(CASES, tasks, strict=True)}
 
 
-def _train_case(case: Case, task: Task) -> list[str]:
+def _train_case(case: Case, task: Assignment) -> list[str]:
     crashes = [] if case.crash_at is None else [case.crash_at]
     outputs = []
     waiting = _audit_waits() if case.audit_waits else contextlib.nullcontext()
@@ -269,7 +268,7 @@ def _train_case(case: Case, task: Task) -> list[str]:
             crashes = []
 
 
-def _queue(task: Task) -> contextlib.AbstractContextManager[QueuedTracker | None]:
+def _queue(task: Assignment) -> contextlib.AbstractContextManager[QueuedTracker | None]:
     if dist.get_rank():
         return contextlib.nullcontext()
     to_mlflow = tracking.Tracker(task.tracking_uri, task.mlflow_run_id, task.lease.check)

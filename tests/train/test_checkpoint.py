@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from arvideo_dist.config.model import DecoderConfig, ModelConfig
-from arvideo_dist.config.optim import OptimConfig, TrainConfig
+from arvideo_dist.config.optim import TrainConfig
 from arvideo_dist.model.arvideo import ARVideo
 from arvideo_dist.storage import Storage
 from arvideo_dist.train.checkpoint import parts
@@ -29,6 +29,7 @@ from arvideo_dist.train.run.stop import RunStoppedError
 from tests.services.relays import Counts
 from tests.services.s3 import S3
 from tests.train.distributed import make_saver, run_ranks
+from tests.train.engines import engine_of
 
 MODEL = ModelConfig(encoder="demo", frames=4, image_size=16, tubelet=(2, 8, 8), cluster=(1, 1, 2))
 DECODER = DecoderConfig(width=64, depth=1)
@@ -46,7 +47,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory, s3: S3) -> tuple[Path, Stora
 
 def _new_engine(model: ARVideo, stage: int) -> Engine:
     train = TrainConfig(zero_stage=stage, micro_batch=1, global_batch=dist.get_world_size())
-    return Engine(model, train, OptimConfig(), torch.device("cpu"), accumulation_steps=1)
+    return engine_of(model, train)
 
 
 def _save(*uris: str) -> None:

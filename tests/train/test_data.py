@@ -50,7 +50,7 @@ def test_each_data_set_is_sampled_as_the_configuration_says(two_sets: DataConfig
         training_sources(data),
         clip_frames=4,
         image_size=32,
-        sequence=draw_ids,
+        draw=draw_ids,
         seed=0,
         shuffle=True,
         options=loader_options(data, pin_memory=False),

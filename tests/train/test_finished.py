@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from mlflow.tracking import MlflowClient
 
-from arvideo_dist import pretrain
-from arvideo_dist.config.commands import RunConfig
+from arvideo_dist import command
+from arvideo_dist.config.commands import PretrainConfig
 from arvideo_dist.config.folder import run_folder
 from arvideo_dist.data.index import FileEntry
 from arvideo_dist.launch import finished
@@ -41,8 +41,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def _config(folder: Path, name: str, **train: Any) -> RunConfig:
-    return RunConfig.model_validate(
+def _config(folder: Path, name: str, **train: Any) -> PretrainConfig:
+    return PretrainConfig.model_validate(
         {
             **TINY,
             "run": {
@@ -57,7 +57,7 @@ def _config(folder: Path, name: str, **train: Any) -> RunConfig:
     )
 
 
-def _leave(config: RunConfig, step: int = STEPS, result: dict[str, Any] | None = None) -> None:
+def _leave(config: PretrainConfig, step: int = STEPS, result: dict[str, Any] | None = None) -> None:
     """The folder of a run that has come to `step` and left `result`."""
     run = run_folder(config)
     derived = derive(config, SAMPLES)
@@ -76,18 +76,18 @@ def _leave(config: RunConfig, step: int = STEPS, result: dict[str, Any] | None =
     run.write_bytes(RESULT, json.dumps(result).encode())
 
 
-def _mlflow(config: RunConfig, status: str) -> str:
+def _mlflow(config: PretrainConfig, status: str) -> str:
     """Its MLflow run, ended with `status`."""
     run_id = open_run(config, {}, run_folder(config))
     close_run(config, run_id, status)
     return run_id
 
 
-def _info(config: RunConfig, run_id: str) -> Any:
+def _info(config: PretrainConfig, run_id: str) -> Any:
     return MlflowClient(tracking_uri=tracking_uri(config)).get_run(run_id).info
 
 
-def _arguments(config: RunConfig, file: Path) -> list[str]:
+def _arguments(config: PretrainConfig, file: Path) -> list[str]:
     file.write_text(config.model_dump_json(exclude_defaults=True))  # JSON is YAML
     return ["--config", str(file)]
 
@@ -186,12 +186,12 @@ def test_another_batch_on_the_way_is_said_with_the_steps_that_are_left(
 ) -> None:
     _leave(_config(folder, "half"), step=STEPS // 2)
     doubled = _config(folder, "half", global_batch=2 * BATCH)
-    pretrain._print_start(doubled, derive(doubled, SAMPLES), check_resume(doubled))
+    command._print_start(doubled, derive(doubled, SAMPLES), check_resume(doubled))
     said = capsys.readouterr().out
     assert (
         "schedule: 5 steps (3 of them done, some with another train.global_batch: the run keeps the 24 clips"
         in said
     )
     plain = _config(folder, "half")
-    pretrain._print_start(plain, derive(plain, SAMPLES), check_resume(plain))
+    command._print_start(plain, derive(plain, SAMPLES), check_resume(plain))
     assert "schedule: 6 steps over 8 samples" in capsys.readouterr().out

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from arvideo_dist import pretrain
-from arvideo_dist.config.commands import RunConfig
+from arvideo_dist.config.commands import PretrainConfig
 from arvideo_dist.storage import Storage
 from arvideo_dist.tasks.derived import derive
 from arvideo_dist.train.checkpoint.layout import FOLDER, MANIFEST
@@ -20,7 +20,7 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Names of the runs that came as far as the cluster."""
     launched: list[str] = []
 
-    def launch(config: RunConfig, *_: Any) -> None:
+    def launch(config: PretrainConfig, *_: Any) -> None:
         launched.append(config.run.name)
         raise RunStoppedError("enough")
 

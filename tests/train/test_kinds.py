@@ -6,15 +6,15 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from arvideo_dist.train.engine.groups import parameter_groups
 
 from arvideo_dist.config.model import DecoderConfig, ModelConfig
-from arvideo_dist.config.optim import OptimConfig, TrainConfig
+from arvideo_dist.config.optim import TrainConfig
 from arvideo_dist.data.loader import Batch
 from arvideo_dist.model.kinds import build_model
 from arvideo_dist.model.pretraining import PretrainingModel
-from arvideo_dist.train.engine.engine import Engine
-from arvideo_dist.train.engine.groups import parameter_groups
 from tests.train.distributed import run_ranks
+from tests.train.engines import engine_of
 
 CLIP = {"encoder": "demo", "frames": 4, "image_size": 16, "tubelet": (2, 8, 8)}
 KINDS = {
@@ -57,7 +57,8 @@ def _batch(kind: str, model: PretrainingModel, places: list[int]) -> Batch:
         clip = rng.integers(0, 256, (3, config.frames, config.image_size, config.image_size), dtype=np.uint8)
         samples.append((clip, *model.sequences.draw_sequence(rng)))
     clips, contexts, targets = (torch.from_numpy(np.stack(parts)) for parts in zip(*samples, strict=True))
-    return Batch(clips, contexts, targets, torch.ones(len(places)), torch.tensor(places), [])
+    inputs = {"context_ids": contexts, "target_ids": targets}
+    return Batch(clips, inputs, torch.ones(len(places)), torch.tensor(places), [])
 
 
 def _losses_of_one_process(kind: str) -> list[float]:
@@ -65,7 +66,7 @@ def _losses_of_one_process(kind: str) -> list[float]:
     optimizer = torch.optim.AdamW(parameter_groups(model, 0.05), lr=RATE, betas=(0.9, 0.95), eps=1e-8)
     for _ in range(STEPS):
         batch = _batch(kind, model, [0, 1])
-        loss = model(batch.clips, batch.context_ids, batch.target_ids).loss_b.mean()
+        loss = model(batch.clips, batch.inputs["context_ids"], batch.inputs["target_ids"]).loss_b.mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -78,7 +79,7 @@ def _losses_under_zero() -> dict[str, list[float]]:
     for kind in KINDS:
         train = TrainConfig(global_batch=2, micro_batch=1, zero_stage=3)
         model, losses = _model(kind), []
-        engine = Engine(model, train, OptimConfig(), torch.device("cpu"), 1)
+        engine = engine_of(model, train)
         for _ in range(STEPS):
             loss = engine.accumulate([_batch(kind, model, [dist.get_rank()])], 2.0)
             engine.apply(RATE)

@@ -14,7 +14,7 @@ import ray.train.torch
 from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
 from ray.train.v2.api.preemption import PreemptionInfo
 
-from arvideo_dist.config.commands import RunConfig
+from arvideo_dist.config.commands import PretrainConfig
 from arvideo_dist.data.index import manifest_name
 from arvideo_dist.launch import driver as launch
 from arvideo_dist.launch import nodes
@@ -66,7 +66,7 @@ def sections(tmp_path: Path) -> dict[str, dict[str, Any]]:
 def test_lost_workers_are_forgiven_as_long_as_the_run_advances_between_them(
     sections: dict[str, dict[str, Any]], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    config = RunConfig.model_validate(sections)
+    config = PretrainConfig.model_validate(sections)
     run = launch.run_folder(config)
     steps = iter([100, 200, 300, 400, 400, 500])  # newest checkpoint when each set of workers was lost
 
@@ -88,7 +88,7 @@ def test_lost_workers_are_forgiven_as_long_as_the_run_advances_between_them(
 def test_workers_that_lost_all_gpu_nodes_wait_for_gpus_and_do_not_go_on_on_cpus(
     sections: dict[str, dict[str, Any]], resources: dict[str, float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = RunConfig.model_validate({**sections, "cluster": {"workers": 2}})
+    config = PretrainConfig.model_validate({**sections, "cluster": {"workers": 2}})
     assert config.cluster.device == "auto"
     resources.update(CPU=16, GPU=2)
     asked: list[tuple[bool, str]] = []
@@ -112,7 +112,7 @@ def test_sets_that_make_way_lost_their_room_or_left_with_their_nodes_cost_no_res
     sections: dict[str, dict[str, Any]], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     sections["run"]["max_restarts"] = 0
-    config = RunConfig.model_validate({**sections, "cluster": {"workers": [1, 8]}})
+    config = PretrainConfig.model_validate({**sections, "cluster": {"workers": [1, 8]}})
     no_room = ray.train.ControllerError(WorkerGroupStartupTimeoutError(3))
     taken = ray.train.PreemptionError(PreemptionInfo(None, {"b": [1]}), drain_timed_out=True)
     ends: list[Any] = [Interruption("room", 5, goes_on=True), no_room, taken, None]
@@ -142,7 +142,7 @@ def test_sets_that_make_way_lost_their_room_or_left_with_their_nodes_cost_no_res
 def test_a_run_whose_workers_have_not_begun_ends_at_once_when_asked(
     sections: dict[str, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = RunConfig.model_validate({**sections, "cluster": {"workers": 2}})
+    config = PretrainConfig.model_validate({**sections, "cluster": {"workers": 2}})
 
     class NeverBegins:
         def __init__(self, *_: Any, **__: Any) -> None:

@@ -18,17 +18,17 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import torch.distributed as dist
-from arvideo_dist.train.engine.engine.schedule import learning_rate, plan_of
 
-from arvideo_dist.config.commands import RunConfig
+from arvideo_dist.config.commands import PretrainConfig
 from arvideo_dist.config.folder import run_folder
 from arvideo_dist.launch.start import derive_checked
 from arvideo_dist.model.vit import ENCODER_SIZES, EncoderSize
 from arvideo_dist.storage import Storage
 from arvideo_dist.train.checkpoint.layout import complete_checkpoints
 from arvideo_dist.train.checkpoint.reader import Checkpoint
+from arvideo_dist.train.compose import Assignment, train
 from arvideo_dist.train.engine.engine import Engine
-from arvideo_dist.train.loop import Task, train
+from arvideo_dist.train.engine.schedule import learning_rate, plan_of
 from arvideo_dist.train.run.lease import Guard, acquire
 from arvideo_dist.train.run.stop import RESULT, Interruption, RunStoppedError
 from arvideo_dist.train.run.watch import Watch
@@ -66,8 +66,8 @@ CASES = [
 ]
 
 
-def _config(folder: Path, case: Case, batch: int) -> RunConfig:
-    return RunConfig.model_validate(
+def _config(folder: Path, case: Case, batch: int) -> PretrainConfig:
+    return PretrainConfig.model_validate(
         {
             "run": {
                 **{
@@ -155,16 +155,16 @@ def found(folder: Path) -> dict[str, Found]:
         for case in CASES:
             configs = [_config(folder, case, batch) for batch in case.batches]
             guard = leases.enter_context(acquire(run_folder(configs[0]), lease_s=600)).guard
-            tasks.append([Task(config, derive_checked(config), "", "", guard) for config in configs])
+            tasks.append([Assignment(config, derive_checked(config), "", "", guard) for config in configs])
         return run_ranks(1, _train_cases, tasks)[0]
 
 
-def _train_cases(tasks: list[list[Task]]) -> dict[str, Found]:
+def _train_cases(tasks: list[list[Assignment]]) -> dict[str, Found]:
     with mock.patch.dict(ENCODER_SIZES, {MODEL.encoder: EncoderSize(width=64, depth=1, heads=1)}):
         return {case.name: _train(case, each) for case, each in zip(CASES, tasks, strict=True)}
 
 
-def _train(case: Case, tasks: list[Task]) -> Found:
+def _train(case: Case, tasks: list[Assignment]) -> Found:
     told, said, rates = Told(), io.StringIO(), list[float]()
     steps, positions, stopped = [], [], None
     with contextlib.redirect_stdout(said), _noted(rates):

@@ -19,7 +19,7 @@ from ray.cluster_utils import Cluster
 from ray.util.placement_group import placement_group, remove_placement_group
 
 from arvideo_dist.checks.cluster import free_places, most_places, slots
-from arvideo_dist.config.commands import RunConfig
+from arvideo_dist.config.commands import PretrainConfig
 from arvideo_dist.launch import nodes
 from arvideo_dist.launch.nodes import Room, check_own_ray
 from arvideo_dist.train.run.stop import RunInterruptedError
@@ -28,8 +28,8 @@ from tests.train.runs import demand
 CPU = {"CPU": 1.0}
 
 
-def _config(**cluster: Any) -> RunConfig:
-    return RunConfig.model_validate({"cluster": {"device": "cpu", "resize_interval_s": 10, **cluster}})
+def _config(**cluster: Any) -> PretrainConfig:
+    return PretrainConfig.model_validate({"cluster": {"device": "cpu", "resize_interval_s": 10, **cluster}})
 
 
 class _View:

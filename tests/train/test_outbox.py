@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from mlflow.tracking import MlflowClient
 
-from arvideo_dist.config.commands import RunConfig
+from arvideo_dist.config.commands import PretrainConfig
 from arvideo_dist.storage import Storage
 from arvideo_dist.train.health.activity import activity
 from arvideo_dist.train.run.lease import LeaseLostError
@@ -359,8 +359,8 @@ def test_storage_that_takes_no_refused_entry_is_named_and_the_entry_kept_later(
     assert len(run.names(REFUSED)) == 1
 
 
-def _config(uri: str, folder: Path) -> RunConfig:
-    return RunConfig.model_validate(
+def _config(uri: str, folder: Path) -> PretrainConfig:
+    return PretrainConfig.model_validate(
         {"run": {"name": "run", "storage_path": str(folder)}, "tracking": {"uri": uri}}
     )
 
@@ -383,7 +383,7 @@ def test_a_run_that_goes_on_starts_and_ends_without_mlflow_and_a_new_one_does_no
 
 def test_a_start_that_fails_halfway_leaves_no_run_in_mlflow(tmp_path: Path) -> None:
     (tmp_path / "mlartifacts").write_text("a file where artifacts should go")
-    config = RunConfig.model_validate({"run": {"name": "run", "storage_path": str(tmp_path)}})
+    config = PretrainConfig.model_validate({"run": {"name": "run", "storage_path": str(tmp_path)}})
     run = Storage(str(tmp_path)).child("run")
     with pytest.raises(ValueError, match=r"Check tracking\.uri"):
         open_run(config, {}, run)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from mlflow.tracking import MlflowClient
 
-from arvideo_dist.config.commands import RunConfig
+from arvideo_dist.config.commands import PretrainConfig
 from arvideo_dist.export import main as export
 from arvideo_dist.model.arvideo import ARVideo
 from arvideo_dist.model.kinds import build_model
@@ -90,7 +90,7 @@ def test_checkpoint_opens_without_an_engine_and_only_the_newest_are_kept(
     assert checkpoint.state["position"] == 12 * 16
     assert checkpoint.state["optimizer_steps"] == 12
     assert len(checkpoint.manifest.parts) == 2
-    config = RunConfig.model_validate(checkpoint.state["config"])
+    config = PretrainConfig.model_validate(checkpoint.state["config"])
     model = ARVideo(config.model, config.decoder)
     before = model.encoder.patch_embed.proj.weight.clone()
     checkpoint.load_weights(model)

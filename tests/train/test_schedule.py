@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from arvideo_dist.train.engine.engine.schedule import learning_rate
+
+from arvideo_dist.train.engine.schedule import learning_rate
 
 ARGUMENTS = {"total_steps": 100, "warmup_steps": 10.0, "peak": 1.0, "final": 0.1}
 

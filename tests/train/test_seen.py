@@ -22,7 +22,7 @@ from mlflow.tracking import MlflowClient
 
 from arvideo_dist import pretrain
 from arvideo_dist.checks import stores
-from arvideo_dist.config.commands import RunConfig
+from arvideo_dist.config.commands import PretrainConfig
 from arvideo_dist.data.index import manifest_name
 from arvideo_dist.launch import driver as launch
 from arvideo_dist.launch import nodes
@@ -195,9 +195,9 @@ def test_waiting_for_the_store_at_the_start_ends_when_the_run_is_asked_to_stop(
 # MLflow knows of the run's checkpoint.
 
 
-def _config(folder: Path, **run: Any) -> RunConfig:
+def _config(folder: Path, **run: Any) -> PretrainConfig:
     Storage(str(folder / "data")).write_bytes(manifest_name("train"), b"{}")
-    return RunConfig.model_validate(
+    return PretrainConfig.model_validate(
         {
             "run": {"name": "seen", "storage_path": str(folder / "runs"), "max_restarts": 1, **run},
             "data": {"path": str(folder / "data"), "val_split": None},
@@ -210,7 +210,7 @@ def _config(folder: Path, **run: Any) -> RunConfig:
 
 
 @pytest.fixture(scope="module")
-def tracked(tmp_path_factory: pytest.TempPathFactory) -> tuple[RunConfig, str]:
+def tracked(tmp_path_factory: pytest.TempPathFactory) -> tuple[PretrainConfig, str]:
     """A run of which MLflow knows that it had a checkpoint of step 24, and the MLflow run's id."""
     config = _config(tmp_path_factory.mktemp("tracked"))
     run_id = tracking.open_run(config, {}, launch.run_folder(config))
@@ -219,12 +219,12 @@ def tracked(tmp_path_factory: pytest.TempPathFactory) -> tuple[RunConfig, str]:
     return config, run_id
 
 
-def _known(config: RunConfig) -> int:
+def _known(config: PretrainConfig) -> int:
     return tracking.newest_checkpoint(config, launch.run_folder(config), CHECKPOINT_TAG)
 
 
 def test_mlflow_tells_of_the_checkpoints_of_the_run_of_that_name_in_that_folder(
-    tracked: tuple[RunConfig, str], tmp_path: Path
+    tracked: tuple[PretrainConfig, str], tmp_path: Path
 ) -> None:
     config, run_id = tracked
     assert _known(config) == 24
@@ -237,7 +237,7 @@ def test_mlflow_tells_of_the_checkpoints_of_the_run_of_that_name_in_that_folder(
 
 
 def test_an_mlflow_that_does_not_tell_is_not_made_nor_waited_for(
-    tracked: tuple[RunConfig, str], tmp_path: Path
+    tracked: tuple[PretrainConfig, str], tmp_path: Path
 ) -> None:
     config, run_id = tracked
     for uri in (f"sqlite:///{tmp_path}/none.db", "http://127.0.0.1:9"):
@@ -268,7 +268,7 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return reached
 
 
-def _pretrain(config: RunConfig) -> int:
+def _pretrain(config: PretrainConfig) -> int:
     options = {
         "data.path": config.data.path,
         "data.val_split": "null",
@@ -286,7 +286,7 @@ def _pretrain(config: RunConfig) -> int:
 
 
 def test_a_new_driver_with_an_empty_folder_exits_75_with_both_remedies_and_writes_nothing(
-    tracked: tuple[RunConfig, str],
+    tracked: tuple[PretrainConfig, str],
     started: list[str],
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -312,7 +312,7 @@ def test_a_new_driver_with_an_empty_folder_exits_75_with_both_remedies_and_write
 
 
 def test_a_run_whose_mlflow_run_was_deleted_begins_anew(
-    tracked: tuple[RunConfig, str], started: list[str]
+    tracked: tuple[PretrainConfig, str], started: list[str]
 ) -> None:
     config = tracked[0].model_copy(update={"run": tracked[0].run.model_copy(update={"name": "deleted"})})
     client = MlflowClient(tracking_uri=config.tracking.uri)
@@ -455,7 +455,7 @@ def test_what_a_machine_misses_along_with_the_lease_is_no_damage(ranks: list[dic
 class Driver:
     """Sets of workers that end as they are told to, one after the other."""
 
-    def __init__(self, config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    def __init__(self, config: PretrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
         self.config, self.run = config, launch.run_folder(config)
         self.sets: list[Callable[[], Any]] = []
         self.paused: list[float] = []
@@ -508,7 +508,7 @@ def test_a_driver_whose_store_looks_empty_as_workers_are_lost_starts_none_until_
 
 
 def test_a_driver_that_finds_only_older_checkpoints_than_its_workers_told_mlflow_of_waits_too(
-    tracked: tuple[RunConfig, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tracked: tuple[PretrainConfig, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The lease is there, and so is the checkpoint of step 16; the workers had told MLflow of step 24."""
     driver = Driver(_config(tmp_path), monkeypatch)
@@ -544,6 +544,6 @@ def test_workers_that_left_a_store_that_is_away_from_their_host_are_started_agai
 
 def test_a_probe_of_the_storage_leaves_nothing_in_an_empty_mount_point(tmp_path: Path) -> None:
     (tmp_path / "runs").mkdir()
-    config = RunConfig.model_validate({"run": {"name": "run", "storage_path": str(tmp_path / "runs")}})
+    config = PretrainConfig.model_validate({"run": {"name": "run", "storage_path": str(tmp_path / "runs")}})
     stores.check_storage(config, 10)
     assert list((tmp_path / "runs").iterdir()) == []

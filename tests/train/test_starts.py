@@ -11,7 +11,7 @@ import ray
 import ray.train.torch
 from ray.train.torch.config import TorchConfig, _TorchBackend
 
-from arvideo_dist.config.commands import RunConfig
+from arvideo_dist.config.commands import PretrainConfig
 from arvideo_dist.data.index import manifest_name
 from arvideo_dist.launch import driver as launch
 from arvideo_dist.storage import Storage
@@ -46,7 +46,7 @@ def test_workers_that_die_while_they_start_end_the_run_with_their_cause(
     monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     Storage(str(tmp_path / "data")).write_bytes(manifest_name("train"), b"{}")
-    config = RunConfig.model_validate(
+    config = PretrainConfig.model_validate(
         {
             "run": {"name": "run", "storage_path": str(tmp_path), "max_restarts": 1},
             "data": {"path": str(tmp_path / "data")},

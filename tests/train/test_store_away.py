@@ -12,7 +12,7 @@ import ray
 import ray.train
 
 from arvideo_dist.checks import finding
-from arvideo_dist.config.commands import RunConfig
+from arvideo_dist.config.commands import PretrainConfig
 from arvideo_dist.data import index
 from arvideo_dist.launch import driver as launch
 from arvideo_dist.launch import nodes
@@ -45,10 +45,10 @@ def relay(s3: S3) -> Iterator[CutOff]:
 
 
 @pytest.fixture
-def config(s3: S3, bucket: str, relay: CutOff, tmp_path: Path) -> RunConfig:
+def config(s3: S3, bucket: str, relay: CutOff, tmp_path: Path) -> PretrainConfig:
     """A run that lies behind the relay; its data does not."""
     Storage(str(tmp_path / "data")).write_bytes(index.manifest_name("train"), b"{}")
-    return RunConfig.model_validate(
+    return PretrainConfig.model_validate(
         {
             "run": {
                 "name": "run",
@@ -62,7 +62,7 @@ def config(s3: S3, bucket: str, relay: CutOff, tmp_path: Path) -> RunConfig:
 
 
 def test_a_status_is_set_by_who_has_the_run_and_where_the_store_does_not_tell_it_is_said(
-    config: RunConfig, relay: CutOff, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    config: PretrainConfig, relay: CutOff, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     closed: list[str] = []
     monkeypatch.setattr(tracking, "close_run", lambda config, run_id, status: closed.append(status))
@@ -87,7 +87,9 @@ def test_a_status_is_set_by_who_has_the_run_and_where_the_store_does_not_tell_it
 class Outage:
     """The store goes as the first workers are lost and comes back at the `looks`-th pause after a look at it."""
 
-    def __init__(self, config: RunConfig, relay: CutOff, monkeypatch: pytest.MonkeyPatch, looks: int) -> None:
+    def __init__(
+        self, config: PretrainConfig, relay: CutOff, monkeypatch: pytest.MonkeyPatch, looks: int
+    ) -> None:
         self.run, self.relay, self.looks = launch.run_folder(config), relay, looks
         self.fits = self.pauses = 0
         self.stack = ExitStack()
@@ -116,12 +118,12 @@ class Outage:
         self.stack.close()
 
 
-def _fit(config: RunConfig, lease: Lease) -> None:
+def _fit(config: PretrainConfig, lease: Lease) -> None:
     launch._fit(config, derive(config, samples=None), "sqlite:///nowhere.db", "id", lease)
 
 
 def test_a_store_that_is_away_as_workers_are_lost_costs_one_restart_however_long_it_is_away(
-    config: RunConfig, relay: CutOff, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    config: PretrainConfig, relay: CutOff, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     outage = Outage(config, relay, monkeypatch, looks=2)
     with acquire(outage.run, lease_s=600) as lease:
@@ -133,7 +135,7 @@ def test_a_store_that_is_away_as_workers_are_lost_costs_one_restart_however_long
 
 
 def test_data_whose_mount_is_away_as_workers_are_lost_costs_one_restart_too(
-    config: RunConfig,
+    config: PretrainConfig,
     relay: CutOff,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -165,7 +167,7 @@ def test_data_whose_mount_is_away_as_workers_are_lost_costs_one_restart_too(
 
 
 def test_waiting_for_a_store_ends_at_once_when_the_run_is_asked_to_stop(
-    config: RunConfig, relay: CutOff, monkeypatch: pytest.MonkeyPatch
+    config: PretrainConfig, relay: CutOff, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     outage = Outage(config, relay, monkeypatch, looks=0)
     waiting = "SIGTERM while no workers ran; the same command continues"
@@ -183,7 +185,12 @@ def test_waiting_for_a_store_ends_at_once_when_the_run_is_asked_to_stop(
 
 
 def test_a_run_that_was_taken_over_while_its_store_was_away_starts_no_workers(
-    config: RunConfig, s3: S3, bucket: str, relay: CutOff, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    config: PretrainConfig,
+    s3: S3,
+    bucket: str,
+    relay: CutOff,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     outage = Outage(config, relay, monkeypatch, looks=1)
     beside_the_relay = Storage(s3.uri(f"{bucket}/{tmp_path.name}")).child(config.run.name)
@@ -209,7 +216,9 @@ def refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Storage, "exists", refuse)
 
 
-def test_what_time_does_not_mend_is_not_waited_for(config: RunConfig, request: pytest.FixtureRequest) -> None:
+def test_what_time_does_not_mend_is_not_waited_for(
+    config: PretrainConfig, request: pytest.FixtureRequest
+) -> None:
     lease = acquire(launch.run_folder(config), lease_s=600)
     request.getfixturevalue("refused")
     with pytest.raises(OSError, match="ACCESS_DENIED"):

@@ -100,7 +100,9 @@ def _train_plain() -> list[float]:
     losses = []
     for step in range(STEPS):
         batch = micro_batch(list(range(step * GLOBAL_BATCH, (step + 1) * GLOBAL_BATCH)))
-        loss = (model(batch.clips, batch.context_ids, batch.target_ids).loss_b * batch.weights).sum()
+        loss = (
+            model(batch.clips, batch.inputs["context_ids"], batch.inputs["target_ids"]).loss_b * batch.weights
+        ).sum()
         loss = loss / batch.weights.sum()
         optimizer.zero_grad()
         loss.backward()

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -22,13 +22,14 @@ import torch.distributed as dist
 from torch import nn
 
 from arvideo_dist.config.optim import OptimConfig, TrainConfig
-from arvideo_dist.model.pretraining import Output
 from arvideo_dist.train.health.activity import activity
 
 if TYPE_CHECKING:  # the loader wants packages that a bare GPU machine does not have (benchmarks/gpu_check.py)
     from arvideo_dist.data.loader import Batch
-from arvideo_dist.train.engine.groups import parameter_groups
+from arvideo_dist.tasks.task import Forward, ParameterGroup
 from arvideo_dist.train.engine.timing import ForwardTime
+
+Loss = Callable[[Forward, "Batch"], torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class Update:
 
 
 class Engine:
-    """One rank's share of the data-parallel training of `model`."""
+    """One rank's share of the data-parallel training of a module."""
 
     sample_losses: list[
         torch.Tensor
@@ -48,13 +49,19 @@ class Engine:
 
     def __init__(
         self,
-        model: nn.Module,
+        module: nn.Module,
+        loss: Loss,
+        groups: Sequence[ParameterGroup],
         train: TrainConfig,
         optim: OptimConfig,
         device: torch.device,
         accumulation_steps: int,
     ) -> None:
-        """The process group must exist; `model` holds the start weights on every rank."""
+        """The process group must exist; `module` holds the start weights on every rank.
+
+        `loss(forward, batch)`: of each clip of a batch on the device, float32 [B]. Parameters in none of `groups`
+        are frozen.
+        """
         if device.type == "cpu":
             os.environ.setdefault("DS_ACCELERATOR", "cpu")
         import deepspeed  # after the accelerator is named: it chooses one at import
@@ -62,18 +69,22 @@ class Engine:
         # Else the CPU accelerator compiles a shared-memory op at start, which needs g++ and can hang on a lock.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         optimizer = torch.optim.AdamW(
-            parameter_groups(model, optim.weight_decay),
+            [
+                {"params": group.parameters, "weight_decay": group.weight_decay, "lr_scale": group.lr_scale}
+                for group in groups
+            ],
             lr=0.0,  # set before every step from the schedule
             betas=optim.betas,
             eps=optim.eps,
             fused=device.type == "cuda",
         )
+        self._loss = loss
         self.stage = train.zero_stage
         self.device = device
         self.world_size = dist.get_world_size()
         self.forward_time = ForwardTime(device)  # of the last step
         self._deepspeed, *_ = deepspeed.initialize(
-            model=model.to(device),
+            model=module.to(device),
             optimizer=optimizer,
             config=_deepspeed_config(train, optim, device, accumulation_steps),
             dist_init_required=False,
@@ -105,7 +116,7 @@ class Engine:
             activity.together(f"forward and backward of micro batch {index + 1} of {len(batches)}")
             batch = host_batch.to(self.device)
             with self.forward_time:
-                loss_b = self.forward(batch).loss_b
+                loss_b = self._loss(self.forward, batch)
                 weighted = (loss_b * batch.weights).sum()
             self.sample_losses.append(loss_b.detach())
             # A square that overflows to Inf can have a finite gradient. The gate makes it NaN without asking the
@@ -125,7 +136,7 @@ class Engine:
         wait for the device of a step; at stage 0 it is done here.
         """
         for group in self.zero_optimizer.param_groups:
-            group["lr"] = learning_rate
+            group["lr"] = learning_rate * group["lr_scale"]
         activity.together("optimiser step")
         if self.stage == 0:
             return self._apply_plain()
@@ -147,9 +158,9 @@ class Engine:
         self._deepspeed.set_gradient_accumulation_boundary(None)  # as before: every so many micro batches
         return Update(False, norm)
 
-    def forward(self, batch: Batch, context_clips: torch.Tensor | None = None) -> Output:
-        """The model on one micro batch on the device; `context_clips` as in `PretrainingModel.forward`."""
-        return self._deepspeed(batch.clips, batch.context_ids, batch.target_ids, context_clips)
+    def forward(self, *inputs: Any) -> Any:
+        """The module, called so that ZeRO-3 gathers its weights."""
+        return self._deepspeed(*inputs)
 
     def set_training(self, training: bool) -> None:
         self._deepspeed.train(training)

@@ -1,4 +1,4 @@
-"""Speed, waiting, memory and slow ranks between two logged points, and the lines that a person reads.
+"""The record of a step at a logged point, for MLflow and a person: loss, speed, waiting, memory, slow ranks.
 
 In synchronous training all ranks take equally long for a step, the slow one by working and the others by waiting
 for it. What tells it apart is its *own time*: waiting for its batches, and forward passes, which run before the
@@ -10,7 +10,10 @@ from __future__ import annotations
 
 import contextlib
 import math
+import statistics
 import time
+from collections import deque
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -136,3 +139,101 @@ def progress_line(step: int, total_steps: int, learning_rate: float, point: Poin
         f"{point.clips_per_second:.1f} clips/s  data wait {point.data_wait_share:.0%}  "
         f"left {hours}:{minutes:02d}:{seconds:02d}"
     )
+
+
+# A loss or gradient norm that stands out is flagged for a person; nothing acts on it. Only logged points are looked
+# at, whose values are on the host anyway. Metric to the multiple of its median that is a spike: the mean loss of a
+# global batch scatters by a few per cent around its trend, the gradient norm by more, and it rises during warm-up.
+FACTORS = {"loss/train": 1.5, "gradient_norm": 5.0}
+# The median of the newest logged values: a spike of up to half as many points does not move it, and what a schedule
+# changes over so few steps is small. Of too few values the median says little, and the first ones fall steeply.
+_WINDOW, _LEAST = 64, 16
+
+
+class Spikes:
+    """The newest logged values; the same on every rank."""
+
+    def __init__(self) -> None:
+        self._values = {name: deque[float](maxlen=_WINDOW) for name in FACTORS}
+
+    def restore(self, listed: Mapping[str, list[float]]) -> None:
+        """Begin from what a checkpoint lists, so that steps that are replayed are flagged alike."""
+        for name, values in self._values.items():
+            values.extend(listed.get(name, []))
+
+    def listed(self) -> dict[str, list[float]]:
+        """JSON form, for the checkpoint."""
+        return {name: list(values) for name, values in self._values.items()}
+
+    def look(self, metrics: Mapping[str, float]) -> dict[str, float]:
+        """Of one logged point: `spikes/<metric>` for each that stands out, as multiple of the median before it."""
+        found = {}
+        for name, values in self._values.items():
+            value = metrics.get(name, math.nan)
+            if not math.isfinite(value):  # of a step that was not applied
+                continue
+            median = statistics.median(values) if len(values) >= _LEAST else 0.0
+            if median > 0 and value > FACTORS[name] * median:
+                found[f"spikes/{name.partition('/')[0]}"] = value / median
+            values.append(value)
+        return found
+
+
+def spike_line(step: int, found: Mapping[str, float]) -> str:
+    """For the terminal."""
+    named = ", ".join(f"{name.partition('/')[2]} {ratio:.1f} times" for name, ratio in found.items())
+    return f"step {step}  spike: {named} its median over the points logged before"
+
+
+class Recorder:
+    """Measures this rank's steps and makes the record of one at a logged point."""
+
+    def __init__(self, device: torch.device, control: dist.ProcessGroup) -> None:
+        self.meter, self._stragglers, self.spikes = Meter(device, control), Stragglers(), Spikes()
+
+    def record(self, done: Done, loss_sum: torch.Tensor, counts: Mapping[str, float]) -> Record:
+        """Collective. `loss_sum`: this rank's weighted loss sum of the step (synchronises); `counts`: the run's own
+        figures, logged as they are."""
+        point = self.meter.point(loss_sum, done.total_weight)
+        metrics = {
+            "loss/train": point.loss,
+            "learning_rate": done.learning_rate,
+            "gradient_norm": float(done.gradient_norm) if done.total_weight else math.nan,
+            "clips_per_second": point.clips_per_second,
+            "clips_per_second_per_worker": point.clips_per_second / dist.get_world_size(),
+            "data_wait_share": point.data_wait_share,
+            "memory_gib": point.memory_gib,
+            "step_time/max": point.slowest_s,
+            "step_time/median": point.median_s,
+            "slowest_rank": point.slowest_rank,
+            **counts,
+        }
+        # A bad step, and one without a usable sample, leaves a gap: of Inf MLflow would make 1.8e308.
+        metrics = {name: value for name, value in metrics.items() if math.isfinite(value)}
+        found = self.spikes.look(metrics)
+        lines = [progress_line(done.step, done.total_steps, done.learning_rate, point, done.places_left)]
+        if found:
+            lines.append(spike_line(done.step, found))
+        if (straggler := self._stragglers.line(point)) is not None:
+            lines.append(f"step {done.step}  {straggler}")
+        return Record(metrics | found, lines)
+
+
+@dataclass(frozen=True)
+class Done:
+    """A step as it is recorded; the same on all ranks."""
+
+    step: int
+    total_steps: int
+    places_left: int
+    learning_rate: float
+    gradient_norm: torch.Tensor | float
+    total_weight: float  # of its samples
+
+
+@dataclass(frozen=True)
+class Record:
+    """What is logged of a step, and said."""
+
+    metrics: dict[str, float]
+    lines: list[str]

@@ -1,0 +1,24 @@
+"""The tasks by the command that runs them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from arvideo_dist.config.commands import RunConfig
+from arvideo_dist.tasks.pretraining import Pretraining
+from arvideo_dist.tasks.task import Task
+
+_TASKS: dict[str, type[Task[Any]]] = {"pretrain": Pretraining}
+
+
+def task_of(config: RunConfig) -> Task[Any]:
+    """The task that a command's configuration describes."""
+    return _TASKS[config.command](config)
+
+
+def parameter_shapes(config: RunConfig) -> dict[str, tuple[int, ...]]:
+    """Each parameter's shape, by name; nothing is allocated."""
+    with torch.device("meta"):
+        return {name: tuple(p.shape) for name, p in task_of(config).build().named_parameters()}
