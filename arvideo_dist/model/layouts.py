@@ -100,12 +100,16 @@ def _from_transformers(weights: Weights) -> dict[str, torch.Tensor]:
 
 
 def load_encoder(encoder: torch.nn.Module, weights: Weights) -> bool:
-    """Copy `weights` (either layout) into `encoder`; False where they have no final norm, which then stays.
+    """Copy `weights` (either layout) into `encoder`; False if they have no final norm: the encoder's own stays.
 
-    Raises ValueError where they belong to an encoder of another size or geometry.
+    An encoder without a final norm (a classifier's) leaves theirs out. Raises ValueError if they belong to an
+    encoder of another size or geometry.
     """
     found = to_encoder(weights)
     own = encoder.state_dict()
+    has_norm = found.keys() >= _FINAL_NORM
+    if not own.keys() >= _FINAL_NORM:
+        found = {name: value for name, value in found.items() if name not in _FINAL_NORM}
     shapes = {name: tuple(value.shape) for name, value in found.items()}
     expected = {name: tuple(value.shape) for name, value in own.items()}
     differing = sorted(
@@ -121,4 +125,4 @@ def load_encoder(encoder: torch.nn.Module, weights: Weights) -> bool:
             "here; set model.encoder and model.tubelet to those of the weights"
         )
     encoder.load_state_dict({**own, **found})
-    return found.keys() >= _FINAL_NORM
+    return has_norm

@@ -145,38 +145,65 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(width, eps=NORM_EPS)
         self.mlp = Mlp(width)
 
-    def forward(self, x_bnd: torch.Tensor, mask_nn: torch.Tensor | None = None) -> torch.Tensor:
-        x_bnd = x_bnd + self.attn(self.norm1(x_bnd), mask_nn)
-        return x_bnd + self.mlp(self.norm2(x_bnd))
+    def forward(
+        self,
+        x_bnd: torch.Tensor,
+        mask_nn: torch.Tensor | None = None,
+        branch_scales_b2: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """`branch_scales_b2` multiplies each sample's attention and MLP branch (drop path: 0 drops it)."""
+        attended_bnd = self.attn(self.norm1(x_bnd), mask_nn)
+        if branch_scales_b2 is None:
+            x_bnd = x_bnd + attended_bnd
+            return x_bnd + self.mlp(self.norm2(x_bnd))
+        attention_b11, mlp_b11 = branch_scales_b2[:, :, None, None].unbind(1)
+        x_bnd = x_bnd + attention_b11 * attended_bnd
+        return x_bnd + mlp_b11 * self.mlp(self.norm2(x_bnd))
 
 
 class Encoder(nn.Module):
     """ViT over any subset of a clip's tokens, in any order (paper 3.3.3)."""
 
-    def __init__(self, size: EncoderSize, tubelet: tuple[int, int, int], tokens: int) -> None:
-        """`tokens`: L, tokens of the whole grid."""
+    def __init__(
+        self, size: EncoderSize, tubelet: tuple[int, int, int], tokens: int, *, final_norm: bool = True
+    ) -> None:
+        """`tokens`: L, tokens of the whole grid. A classifier pools before its norm: `final_norm=False`."""
         super().__init__()
         self.patch_embed = TubeletEmbed(tubelet, size.width)
         self.blocks = nn.ModuleList(Block(size.width, size.heads) for _ in range(size.depth))
-        self.norm = nn.LayerNorm(size.width, eps=NORM_EPS)
+        self.norm: nn.Module = nn.LayerNorm(size.width, eps=NORM_EPS) if final_norm else nn.Identity()
         self.register_buffer("positions", sinusoid_positions(tokens, size.width), persistent=False)
         self.positions: torch.Tensor
 
     def forward(
-        self, cubes_bnp: torch.Tensor, ids_bn: torch.Tensor, mask_nn: torch.Tensor | None = None
+        self,
+        cubes_bnp: torch.Tensor,
+        ids_bn: torch.Tensor | None = None,
+        mask_nn: torch.Tensor | None = None,
+        branch_scales_bd2: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Features [B, N, D] of normalised cubes [B, N, P] that stand at grid positions `ids_bn`."""
-        for x_bnd in self.layers(cubes_bnp, ids_bn, mask_nn):  # noqa: B007 - the last one is used
+        """Features [B, N, D] of normalised cubes [B, N, P] that stand at grid positions `ids_bn`.
+
+        `ids_bn=None`: the whole grid in its own order (N = L). `branch_scales_bd2`: float [B, depth, 2], what each
+        block's attention and MLP branch are multiplied by (drop path).
+        """
+        for x_bnd in self.layers(cubes_bnp, ids_bn, mask_nn, branch_scales_bd2):  # noqa: B007 - the last one is used
             pass
         return self.norm(x_bnd)
 
     def layers(
-        self, cubes_bnp: torch.Tensor, ids_bn: torch.Tensor, mask_nn: torch.Tensor | None = None
+        self,
+        cubes_bnp: torch.Tensor,
+        ids_bn: torch.Tensor | None = None,
+        mask_nn: torch.Tensor | None = None,
+        branch_scales_bd2: torch.Tensor | None = None,
     ) -> Iterator[torch.Tensor]:
         """The output [B, N, D] of each block in turn, before the final norm."""
-        x_bnd = self.patch_embed(cubes_bnp) + gather_tokens(self.positions, ids_bn)
-        for block in self.blocks:
-            x_bnd = block(x_bnd, mask_nn)
+        positions = self.positions if ids_bn is None else gather_tokens(self.positions, ids_bn)
+        x_bnd = self.patch_embed(cubes_bnp) + positions
+        for number, block in enumerate(self.blocks):
+            scales_b2 = None if branch_scales_bd2 is None else branch_scales_bd2[:, number]
+            x_bnd = block(x_bnd, mask_nn, scales_b2)
             yield x_bnd
 
 
