@@ -11,7 +11,7 @@ from arvideo_dist.config.settings import exit_with, read_config
 from arvideo_dist.data.reader import DataReadError
 from arvideo_dist.storage import Storage
 from arvideo_dist.train.checkpoint.manifest import CheckpointError
-from arvideo_dist.trained import open_trained
+from arvideo_dist.train.trained import open_trained
 
 SOURCE = "folder or URI of a run (its newest complete checkpoint) or of one of its checkpoints"
 
@@ -76,7 +76,7 @@ def _order(parser: argparse.ArgumentParser, argv: list[str]) -> tuple[subjects.F
         parser.add_argument("source", metavar="RUN", help=SOURCE)
         flags = parser.parse_args(argv)
         trained = open_trained(flags.source)
-        return subjects.order(trained.config, [trained.run]), flags
+        return subjects.order(trained.pretraining, [trained.run]), flags
     config, flags = read_config(PretrainConfig, argv, parser)
     return subjects.order(config, []), flags
 

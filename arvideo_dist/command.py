@@ -10,7 +10,7 @@ from dataclasses import asdict
 from typing import NoReturn
 
 from arvideo_dist.checks.start import check_driver, check_run
-from arvideo_dist.config.commands import RunConfig
+from arvideo_dist.config.commands import TrainingConfig
 from arvideo_dist.config.folder import run_folder
 from arvideo_dist.config.settings import exit_with, read_config
 from arvideo_dist.launch.driver import Finished, launch
@@ -35,7 +35,7 @@ from arvideo_dist.train.run.stop import CrashLoopError, RunInterruptedError, Run
 from arvideo_dist.train.samples.bad_samples import ARTIFACT
 
 
-def start_run(root: type[RunConfig], description: str, argv: list[str] | None) -> None:
+def start_run(root: type[TrainingConfig], description: str, argv: list[str] | None) -> None:
     """Run the command of configuration `root` to the end of its run; `argv`: without the program's name.
 
     Exits with 2 for what the user set wrong, 75 if the same command goes on, 1 if the run failed.
@@ -65,7 +65,7 @@ def start_run(root: type[RunConfig], description: str, argv: list[str] | None) -
     _print_end(config, finished)
 
 
-def _run(config: RunConfig) -> tuple[RunConfig, Finished]:
+def _run(config: TrainingConfig) -> tuple[TrainingConfig, Finished]:
     """The run of `config`, whose paths are made absolute, from its checks to its end."""
     with Signals() as signals:
         config = with_absolute_paths(config)
@@ -97,7 +97,7 @@ def _exit_with_failed_storage(error: OSError) -> NoReturn:
     )
 
 
-def _print_start(config: RunConfig, derived: Derived, checkpoint: Checkpoint | None) -> None:
+def _print_start(config: TrainingConfig, derived: Derived, checkpoint: Checkpoint | None) -> None:
     """`checkpoint`: that the run goes on from."""
     plan = plan_of(config, derived, checkpoint.state if checkpoint is not None else None)
     steps, others = plan.steps_left(0), ""
@@ -123,7 +123,7 @@ def _print_start(config: RunConfig, derived: Derived, checkpoint: Checkpoint | N
     )
 
 
-def _print_end(config: RunConfig, finished: Finished) -> None:
+def _print_end(config: TrainingConfig, finished: Finished) -> None:
     from arvideo_dist.train.tracking.runs import dashboard_command
 
     metrics = finished.metrics

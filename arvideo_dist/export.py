@@ -9,7 +9,7 @@ from arvideo_dist.config.settings import exit_with
 from arvideo_dist.model.interchange import export_encoder
 from arvideo_dist.storage import Storage
 from arvideo_dist.train.checkpoint.manifest import CheckpointError
-from arvideo_dist.trained import open_trained
+from arvideo_dist.train.trained import open_trained
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -54,8 +54,8 @@ def export(source: str, format: str, head: bool, labels: int | None, out: str | 
     trained = open_trained(source)
     name = f"{trained.checkpoint.name}-{format}{'-head' if head else ''}"
     to = Storage(out) if out else trained.run.child("exports").child(name)
-    encoder, classes = trained.load_model().encoder, (labels or 400) if head else None
-    export_encoder(encoder, trained.model_config, to, format, classes)  # type: ignore[arg-type]
+    encoder, classes = trained.load_encoder(), (labels or 400) if head else None
+    export_encoder(encoder, trained.config.model, to, format, classes)  # type: ignore[arg-type]
     return to
 
 

@@ -29,7 +29,7 @@ from arvideo_dist.config.settings import read_config
 from arvideo_dist.config.sources import (
     clips_per_epoch,
     loader_options,
-    training_sources,
+    pretraining_sources,
     validation_options,
     validation_source,
 )
@@ -85,7 +85,7 @@ def learn(config: PretrainConfig, device: torch.device) -> dict[str, Any]:
     curve, waited, began = [], 0.0, time.perf_counter()
     batches = iter(
         loader(
-            training_sources(config.data),
+            pretraining_sources(config.data),
             derived.total_steps * batch,
             True,
             loader_options(config.data, pin_memory=pin),

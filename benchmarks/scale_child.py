@@ -29,9 +29,10 @@ def draw_ids(seed: int, place: int, row: Any) -> dict[str, np.ndarray]:
 
 def samples_of(data: str) -> Any:
     from arvideo_dist.data.loader import ClipSamples, ClipSource, LoaderOptions
+    from arvideo_dist.data.transforms import MultiScaleCrop
     from arvideo_dist.storage import Storage
 
-    source = ClipSource(Storage(data), "train", 4, (1.0,))
+    source = ClipSource(Storage(data), "train", 4, MultiScaleCrop((1.0,)))
     arguments: dict[str, Any] = {"clip_frames": 16, "image_size": 224, "draw": draw_ids, "seed": 0}
     return ClipSamples([source], **arguments, shuffle=True, options=LoaderOptions())
 

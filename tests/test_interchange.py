@@ -20,7 +20,7 @@ from arvideo_dist.config.model import DecoderConfig, ModelConfig
 from arvideo_dist.config.optim import TrainConfig
 from arvideo_dist.export import main
 from arvideo_dist.model.arvideo import ARVideo
-from arvideo_dist.model.interchange import export_encoder, load_initial_encoder
+from arvideo_dist.model.interchange import export_encoder, fill_encoder, read_encoder
 from arvideo_dist.model.vit import ENCODER_SIZES, Encoder, to_cubes
 from arvideo_dist.pretrain import main as pretrain
 from arvideo_dist.storage import Storage
@@ -158,7 +158,7 @@ def test_every_export_is_accepted_as_initial_weights(runs: Path, tmp_path: Path,
     main([str(runs / "zero-3"), "--format", format, "--out", str(tmp_path / format)])
     files = {"hf": "", "safetensors": "encoder.safetensors", "torch": "checkpoint.pth"}
     encoder = new_encoder()
-    load_initial_encoder(encoder, str(tmp_path / format / files[format]))
+    fill_encoder(encoder, str(tmp_path / format / files[format]), read_encoder)
     assert torch.equal(features(encoder), features(disturbed_model().encoder))
 
 
@@ -171,7 +171,7 @@ def test_transformers_pretraining_folder_gives_equal_features(tmp_path: Path) ->
         theirs.save_pretrained(tmp_path)
         expected = theirs.videomae(clip_bcthw().transpose(1, 2)).last_hidden_state
     encoder = new_encoder()
-    taken = load_initial_encoder(encoder, str(tmp_path))
+    taken = fill_encoder(encoder, str(tmp_path), read_encoder)
     assert "without" not in taken
     assert (features(encoder) - expected).abs().max() < 1e-4
 
@@ -180,7 +180,7 @@ def test_a_classifiers_folder_leaves_the_final_norm_and_says_so(tmp_path: Path) 
     theirs = VideoMAEModel(videomae_config(mean_pooling=True)).eval()
     theirs.save_pretrained(tmp_path)
     encoder = new_encoder()
-    assert "without a final norm" in load_initial_encoder(encoder, str(tmp_path))
+    assert "without a final norm" in fill_encoder(encoder, str(tmp_path), read_encoder)
     encoder.norm = torch.nn.Identity()
     with torch.no_grad():
         expected = theirs(clip_bcthw().transpose(1, 2)).last_hidden_state
@@ -192,7 +192,7 @@ def test_original_repositorys_checkpoint_with_its_options_is_read_without_unpick
     weights = {f"encoder.{name}": value for name, value in own.items()} | {"mask_token": torch.zeros(1)}
     torch.save({"model": weights, "args": argparse.Namespace(lr=1e-3)}, tmp_path / "checkpoint.pth")
     encoder = new_encoder()
-    load_initial_encoder(encoder, str(tmp_path / "checkpoint.pth"))
+    fill_encoder(encoder, str(tmp_path / "checkpoint.pth"), read_encoder)
     assert torch.equal(features(encoder), features(disturbed_model().encoder))
 
 

@@ -24,7 +24,7 @@ def choose_source(
     storage = Storage(path or own.path or "")
     chosen = split or own.val_split or own.split
     load_manifest(storage, chosen)
-    return ClipSource(storage, chosen, stride or own.stride, crop_scales=None)
+    return ClipSource(storage, chosen, stride or own.stride)
 
 
 def load_clips(

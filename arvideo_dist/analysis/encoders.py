@@ -12,7 +12,7 @@ from arvideo_dist.model.interchange import WEIGHTS_ENDINGS, read_encoder
 from arvideo_dist.model.layouts import load_encoder
 from arvideo_dist.model.vit import ENCODER_SIZES, Encoder
 from arvideo_dist.storage import Storage
-from arvideo_dist.trained import open_trained
+from arvideo_dist.train.trained import open_trained
 
 
 @dataclass(frozen=True)
@@ -72,11 +72,11 @@ def _open(source: str) -> OpenedEncoder:
     if folder.exists("config.json"):
         return _from_transformers(source, json.loads(folder.read_bytes("config.json")))
     trained = open_trained(source)
-    model = trained.model_config
+    model = trained.config.model
     return OpenedEncoder(
         trained.label,
         source,
-        trained.load_model().encoder,
+        trained.load_encoder(),
         (model.frames, model.image_size),
         model.tubelet,
         trained.run,

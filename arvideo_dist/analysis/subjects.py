@@ -23,7 +23,7 @@ from arvideo_dist.hardware import environment
 from arvideo_dist.storage import Storage
 from arvideo_dist.tasks.picture import gif, png
 from arvideo_dist.tasks.pretraining import TokenDraw
-from arvideo_dist.trained import Trained
+from arvideo_dist.train.trained import Trained
 
 _SECONDS_A_PAGE = 0.8
 
@@ -85,9 +85,10 @@ def attention_rank(sources: Sequence[str], clips: Clips, tolerance: float | None
 
 def reconstruct(trained: Trained, clips: Clips) -> Found:
     """reconstruct.png of all clips and reconstruct-<clip>.gif of each. Raises ValueError."""
-    config, model_config = trained.config, trained.model_config
+    config = trained.pretraining
+    model_config = config.model
     # All of a cluster's tokens, also where training asked for a share of them: queries do not see each other.
-    model = trained.load_model(trained.decoder_config.model_copy(update={"target_ratio": 1.0}))
+    model = trained.load_model(config.decoder.model_copy(update={"target_ratio": 1.0}))
     model = model.to(_device()).eval()
     batches = load_clips(
         clips.source(config.data),

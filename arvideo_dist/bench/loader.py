@@ -41,7 +41,7 @@ from arvideo_dist.data.index import SampleRow, open_index
 from arvideo_dist.data.loader import Batch, ClipSamples, ClipSource, LoaderOptions
 from arvideo_dist.data.order import Stream, sample_generator
 from arvideo_dist.data.reader import MemberReader
-from arvideo_dist.data.transforms import draw_multi_scale_crop
+from arvideo_dist.data.transforms import MultiScaleCrop, draw_multi_scale_crop
 from arvideo_dist.data.workers import DecodePool, PlacesToBatch
 from arvideo_dist.storage import Storage
 
@@ -93,7 +93,7 @@ def run(plan: Plan, gpu_clips_per_second: float, say: Callable[[str], None]) -> 
 
 def _samples(plan: Plan, options: LoaderOptions) -> ClipSamples:
     return ClipSamples(
-        [ClipSource(Storage(plan.data), plan.split, STRIDE, SCALES)],
+        [ClipSource(Storage(plan.data), plan.split, STRIDE, MultiScaleCrop(SCALES))],
         clip_frames=FRAMES,
         image_size=SIZE,
         draw=draw_tokens,

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from arvideo_dist.config.commands import RunConfig
+from arvideo_dist.config.commands import TrainingConfig
 from arvideo_dist.data.workers import PREFETCH_PER_WORKER
 from arvideo_dist.storage import Storage
 from arvideo_dist.tasks.derived import Derived
@@ -57,7 +57,7 @@ class Memory:
 NOTHING = Memory((), 1, 0)
 
 
-def memory_of(config: RunConfig, derived: Derived, *, cuda: bool) -> tuple[Memory, Memory]:
+def memory_of(config: TrainingConfig, derived: Derived, *, cuda: bool) -> tuple[Memory, Memory]:
     """What one worker takes on the host, and on its GPU (`NOTHING` without one); `derived`: at the world size."""
     training, per_clip = _training(config, derived, cuda=cuda)
     batches, batches_per_clip = _batches(config, derived, cuda=cuda)
@@ -70,7 +70,7 @@ def memory_of(config: RunConfig, derived: Derived, *, cuda: bool) -> tuple[Memor
     return Memory((*training, *host), micro, per_clip + batches_per_clip), NOTHING
 
 
-def _training(config: RunConfig, derived: Derived, *, cuda: bool) -> tuple[list[tuple[str, int]], int]:
+def _training(config: TrainingConfig, derived: Derived, *, cuda: bool) -> tuple[list[tuple[str, int]], int]:
     """Parts of the device that trains, and how many bytes of them each clip of a micro batch adds."""
     stage, world, whole = config.train.zero_stage, derived.world_size, _FP32 * derived.parameters
     share = whole // world
@@ -95,17 +95,17 @@ def _training(config: RunConfig, derived: Derived, *, cuda: bool) -> tuple[list[
     return parts, per_clip
 
 
-def batches_at_once(config: RunConfig, derived: Derived) -> int:
+def batches_at_once(config: TrainingConfig, derived: Derived) -> int:
     """Micro batches between the decode workers and the training step: in a step's hands, and prefetched."""
     return derived.accumulation_steps + PREFETCH_PER_WORKER * config.data.workers
 
 
-def clip_bytes(config: RunConfig) -> int:
+def clip_bytes(config: TrainingConfig) -> int:
     """Of one clip as it waits for its step."""
     return config.model.frames * 3 * config.model.image_size**2
 
 
-def _batches(config: RunConfig, derived: Derived, *, cuda: bool) -> tuple[list[tuple[str, int]], int]:
+def _batches(config: TrainingConfig, derived: Derived, *, cuda: bool) -> tuple[list[tuple[str, int]], int]:
     prefetched = PREFETCH_PER_WORKER * config.data.workers
     waiting = batches_at_once(config, derived) * derived.micro_batch * clip_bytes(config)
     parts = [("batches", waiting)]
@@ -121,7 +121,7 @@ def checkpoint_bytes(derived: Derived) -> int:
     return _STATE_BYTES_PER_PARAMETER * derived.parameters
 
 
-def _saved(config: RunConfig, derived: Derived) -> int:
+def _saved(config: TrainingConfig, derived: Derived) -> int:
     """This worker's share of the state on its way to a checkpoint (`train/saver.py`)."""
     copy = checkpoint_bytes(derived) // derived.world_size
     return copy if Storage(config.run.storage_path).is_local else 2 * copy

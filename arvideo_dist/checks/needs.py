@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from arvideo_dist.checks.memory import Memory, batches_at_once, clip_bytes, memory_of
-from arvideo_dist.config.commands import RunConfig
+from arvideo_dist.config.commands import TrainingConfig
 from arvideo_dist.data.shared import SLOTS, SMALL_BYTES
 from arvideo_dist.tasks.derived import Derived
 
@@ -29,7 +29,7 @@ class Needs:
     shard_cache: int
 
 
-def needs_of(config: RunConfig, derived: Derived, *, cuda: bool) -> Needs:
+def needs_of(config: TrainingConfig, derived: Derived, *, cuda: bool) -> Needs:
     """`derived`: at the world size that is meant.
 
     Batches wait in slots of a memfd (`data/shared.py`), which the size of /dev/shm does not bound. Through

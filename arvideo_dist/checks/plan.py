@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from arvideo_dist.checks.finding import Finding, Level
-from arvideo_dist.config.commands import RunConfig
+from arvideo_dist.config.commands import TrainingConfig
 from arvideo_dist.tasks.derived import Derived
 
 # Floating point operations a second of one worker in dense layers, more than any reaches: a time that follows from
@@ -28,7 +28,7 @@ def check_plan(derived: Derived) -> list[Finding]:
     return findings
 
 
-def check_pace(config: RunConfig, derived: Derived, *, cuda: bool) -> list[Finding]:
+def check_pace(config: TrainingConfig, derived: Derived, *, cuda: bool) -> list[Finding]:
     """On a worker, which knows its device. `derived`: at the world size that is there."""
     clips = derived.global_batch * config.train.log_every_steps / derived.world_size
     fastest = _FASTEST_GPU if cuda else _FASTEST_CORE * config.cluster.cpus_per_worker

@@ -9,7 +9,14 @@ from typing import ClassVar
 
 from pydantic import Field, model_validator
 
-from arvideo_dist.config.data import DataConfig
+from arvideo_dist.config.data import DataConfig, PretrainDataConfig
+from arvideo_dist.config.finetuning import (
+    AugmentConfig,
+    ClassifierConfig,
+    FinetuneOptimConfig,
+    FinetuneRunSection,
+    FinetuneTrainConfig,
+)
 from arvideo_dist.config.model import DecoderConfig, EncoderConfig, ModelConfig
 from arvideo_dist.config.optim import OptimConfig, TrainConfig, ValidationConfig
 from arvideo_dist.config.run import ClusterConfig, RunConfigSection, TrackingConfig
@@ -24,18 +31,24 @@ class RunConfig(Section):
     run: RunConfigSection = Field(default_factory=RunConfigSection)
     data: DataConfig = Field(default_factory=DataConfig)
     model: EncoderConfig = Field(default_factory=EncoderConfig)
-    optim: OptimConfig = Field(default_factory=OptimConfig)
-    train: TrainConfig = Field(default_factory=TrainConfig)
-    validation: ValidationConfig = Field(default_factory=ValidationConfig)
     cluster: ClusterConfig = Field(default_factory=ClusterConfig)
     tracking: TrackingConfig = Field(default_factory=TrackingConfig)
 
 
-class PretrainConfig(RunConfig):
+class TrainingConfig(RunConfig):
+    """What every command has that trains."""
+
+    optim: OptimConfig = Field(default_factory=OptimConfig)
+    train: TrainConfig = Field(default_factory=TrainConfig)
+    validation: ValidationConfig = Field(default_factory=ValidationConfig)
+
+
+class PretrainConfig(TrainingConfig):
     """A whole pretraining run."""
 
     command = "pretrain"
 
+    data: PretrainDataConfig = Field(default_factory=PretrainDataConfig)
     model: ModelConfig = Field(default_factory=ModelConfig)
     decoder: DecoderConfig = Field(default_factory=DecoderConfig)
 
@@ -49,4 +62,33 @@ class PretrainConfig(RunConfig):
         return self
 
 
-ROOTS: dict[str, type[RunConfig]] = {root.command: root for root in (PretrainConfig,)}
+class FinetuneConfig(TrainingConfig):
+    """A whole fine-tuning run: an encoder becomes a classifier of videos."""
+
+    command = "finetune"
+
+    run: FinetuneRunSection = Field(default_factory=FinetuneRunSection)
+    model: ClassifierConfig = Field(default_factory=ClassifierConfig)
+    augment: AugmentConfig = Field(default_factory=AugmentConfig)
+    optim: FinetuneOptimConfig = Field(default_factory=FinetuneOptimConfig)
+    train: FinetuneTrainConfig = Field(default_factory=FinetuneTrainConfig)
+
+    @model_validator(mode="after")
+    def _check_pairs(self) -> FinetuneConfig:
+        """Clips are mixed in pairs that share a micro batch at every world size (`data/mixing.py`)."""
+        unit = self.batch_unit
+        for name in ("global_batch", "micro_batch"):
+            if (clips := getattr(self.train, name)) % unit:
+                raise ValueError(
+                    f"train.{name} {clips} is no multiple of {unit}, as mixup and cutmix want (2 x data.repeats): "
+                    f"set it to {max(unit, clips - clips % unit)}, or augment.mixup and augment.cutmix to 0"
+                )
+        return self
+
+    @property
+    def batch_unit(self) -> int:
+        """Places that one rank takes together."""
+        return 2 * self.data.repeats if self.augment.mixes else 1
+
+
+ROOTS: dict[str, type[RunConfig]] = {root.command: root for root in (PretrainConfig, FinetuneConfig)}

@@ -22,9 +22,6 @@ class ClipSampling(Section):
     stride: Annotated[PositiveInt, ALTERS] = Field(
         4, description="source frames from one clip frame to the next, of a window"
     )
-    crop_scales: Annotated[CropScales, ALTERS] = Field(
-        (1.0, 0.875, 0.75, 0.66), description="multi-scale crop: shares of the short side"
-    )
 
     @model_validator(mode="after")
     def _check_sampling(self) -> Self:
@@ -36,16 +33,6 @@ class ClipSampling(Section):
         return self
 
 
-class MixedData(ClipSampling):
-    """A further data set of the run, with its own sampling and augmentation."""
-
-    path: Annotated[str, ALTERS] = Field(description="folder or URI of a data set made by data_prep")
-    split: Annotated[str, ALTERS] = Field("train", description="split to train on")
-    weight: Annotated[float, ALTERS] = Field(
-        1.0, gt=0, description="share of the samples, relative to data.weight and the others"
-    )
-
-
 class DataConfig(ClipSampling):
     """The data set and how clips are drawn from it."""
 
@@ -54,14 +41,6 @@ class DataConfig(ClipSampling):
     )
     split: Annotated[str, ALTERS] = Field("train", description="split to train on")
     val_split: Annotated[str | None, FREE] = Field("val", description="held-out split; null: no validation")
-    weight: Annotated[float, ALTERS] = Field(
-        1.0, gt=0, description="share of the samples where data.mixture names more data sets"
-    )
-    mixture: Annotated[tuple[MixedData, ...], ALTERS] = Field(
-        (),
-        description="data sets mixed with data.path by weight, with exact counts; an epoch is then as many "
-        "samples as all of them have together",
-    )
     repeats: Annotated[PositiveInt, ALTERS] = Field(
         1,
         description="repeated augmentation: clips made from one decoded sample, neighbours in the batch; an epoch "
@@ -103,19 +82,48 @@ class DataConfig(ClipSampling):
     )
 
     @model_validator(mode="after")
-    def _check_weights(self) -> DataConfig:
-        if self.mixture:
-            from arvideo_dist.data.order import mixture_shares
-
-            mixture_shares([self.weight, *(other.weight for other in self.mixture)])
-        return self
-
-    @model_validator(mode="after")
-    def _check_cache(self) -> DataConfig:
+    def _check_cache(self) -> Self:
         if self.shard_cache_gib and self.shuffle_block_shards is None:
             raise ValueError(
                 f"shard_cache_gib {self.shard_cache_gib:g} is of no use under a full shuffle, where nearly every "
                 "read is of another shard: set shuffle_block_shards to how many shards fit into it, or "
                 "shard_cache_gib to 0"
             )
+        return self
+
+
+class MixedData(ClipSampling):
+    """A further data set of the run, with its own sampling and augmentation."""
+
+    crop_scales: Annotated[CropScales, ALTERS] = Field(
+        (1.0, 0.875, 0.75, 0.66), description="multi-scale crop: shares of the short side"
+    )
+    path: Annotated[str, ALTERS] = Field(description="folder or URI of a data set made by data_prep")
+    split: Annotated[str, ALTERS] = Field("train", description="split to train on")
+    weight: Annotated[float, ALTERS] = Field(
+        1.0, gt=0, description="share of the samples, relative to data.weight and the others"
+    )
+
+
+class PretrainDataConfig(DataConfig):
+    """The data sets of a pretraining run, which may be mixed."""
+
+    crop_scales: Annotated[CropScales, ALTERS] = Field(
+        (1.0, 0.875, 0.75, 0.66), description="multi-scale crop: shares of the short side"
+    )
+    weight: Annotated[float, ALTERS] = Field(
+        1.0, gt=0, description="share of the samples where data.mixture names more data sets"
+    )
+    mixture: Annotated[tuple[MixedData, ...], ALTERS] = Field(
+        (),
+        description="data sets mixed with data.path by weight, with exact counts; an epoch is then as many "
+        "samples as all of them have together",
+    )
+
+    @model_validator(mode="after")
+    def _check_weights(self) -> Self:
+        if self.mixture:
+            from arvideo_dist.data.order import mixture_shares
+
+            mixture_shares([self.weight, *(other.weight for other in self.mixture)])
         return self

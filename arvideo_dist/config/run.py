@@ -8,12 +8,14 @@ from pydantic import BeforeValidator, Field
 
 from arvideo_dist.config.section import ALTERS, FREE, PositiveInt, Section
 
+NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
+
 
 class RunConfigSection(Section):
     """Identity, storage and life of the run."""
 
     name: Annotated[str, FREE] = Field(
-        "arvideo-vit-b-k400", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="names the run's folder"
+        "arvideo-vit-b-k400", pattern=NAME_PATTERN, description="names the run's folder"
     )
     storage_path: Annotated[str, FREE] = Field(
         "runs", description="folder or URI (s3://...) that every node reaches"

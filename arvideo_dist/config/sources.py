@@ -6,39 +6,45 @@ import os
 import tempfile
 from pathlib import Path
 
-from arvideo_dist.config.data import DataConfig, MixedData
+from arvideo_dist.config.data import DataConfig, MixedData, PretrainDataConfig
 from arvideo_dist.data.index import load_manifest
 from arvideo_dist.data.loader import ClipSource, LoaderOptions
+from arvideo_dist.data.transforms import MultiScaleCrop
 from arvideo_dist.storage import Storage
 
 
-def training_sources(data: DataConfig) -> list[ClipSource]:
-    """The run's data sets. Raises ValueError where a path is not set or cannot be opened."""
+def data_sets(data: DataConfig) -> list[tuple[Storage, str]]:
+    """Storage and split of the data sets that a run reads. Raises ValueError if a path is not set or cannot be
+    opened."""
     if data.path is None:
         raise ValueError(
             "data.path is not set: give the folder or URI that data_prep wrote, as --data.path, in the "
             "YAML file, or as ARVIDEO__DATA__PATH"
         )
-    sets: list[tuple[str, DataConfig | MixedData]] = [(data.path, data)]
-    sets += [(other.path, other) for other in data.mixture]
+    others = data.mixture if isinstance(data, PretrainDataConfig) else ()
+    return [(Storage(data.path), data.split), *((Storage(other.path), other.split) for other in others)]
+
+
+def pretraining_sources(data: PretrainDataConfig) -> list[ClipSource]:
+    """The data sets of a pretraining run, with multi-scale crops. Raises ValueError as `data_sets` does."""
+    sets: tuple[PretrainDataConfig | MixedData, ...] = (data, *data.mixture)
     return [
-        ClipSource(Storage(path), each.split, each.stride, each.crop_scales, each.weight, each.sampling)
-        for path, each in sets
+        ClipSource(storage, split, each.stride, MultiScaleCrop(each.crop_scales), each.weight, each.sampling)
+        for (storage, split), each in zip(data_sets(data), sets, strict=True)
     ]
 
 
 def validation_source(data: DataConfig) -> ClipSource | None:
     """The held-out split of the first data set, if there is one: the middle of each video, centre crop."""
-    assert data.path is not None, "checked before launch"
     if data.val_split is None:
         return None
-    return ClipSource(Storage(data.path), data.val_split, data.stride, None, sampling=data.sampling)
+    storage, _ = data_sets(data)[0]
+    return ClipSource(storage, data.val_split, data.stride, sampling=data.sampling)
 
 
 def clips_per_epoch(data: DataConfig) -> int:
     """Places of one epoch of the run. Raises ValueError where a data set is missing."""
-    samples = sum(load_manifest(source.storage, source.split).samples for source in training_sources(data))
-    return data.repeats * samples
+    return data.repeats * sum(load_manifest(storage, split).samples for storage, split in data_sets(data))
 
 
 def loader_options(data: DataConfig, *, pin_memory: bool) -> LoaderOptions:

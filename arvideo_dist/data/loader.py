@@ -33,14 +33,15 @@ from arvideo_dist.data.reader import MemberReader, read_ahead
 from arvideo_dist.data.shared import shared_empty
 from arvideo_dist.data.transforms import (
     Crop,
+    CropDraw,
     PlanarClips,
     center_crop,
     copy_crop,
     crop_and_resize,
-    draw_multi_scale_crop,
     sample_segments,
     sample_window,
 )
+from arvideo_dist.data.views import Views, spatial_views, temporal_views
 from arvideo_dist.data.workers import DecodePool, reading, watched
 from arvideo_dist.storage import Storage
 
@@ -59,11 +60,10 @@ class ClipSource:
     storage: Storage
     split: str
     stride: int  # source frames from one clip frame to the next
-    crop_scales: (
-        tuple[float, ...] | None
-    )  # multi-scale crop; None: middle window and centre crop (validation)
+    crop: CropDraw | None = None  # None: middle window and centre crop (validation)
     weight: float = 1.0  # share of the samples, relative to the other sources'
     sampling: Literal["window", "segments"] = "window"
+    views: Views | None = None  # the repeats of a sample are these (evaluation)
 
 
 @dataclass(frozen=True)
@@ -103,6 +103,7 @@ class Batch:
     places: torch.Tensor  # int64 [B], PAD (-1) where no place is left
     bad: list[BadRecord]
     planes: PlanarClips | None = None  # under device transforms: what `to` makes the clips from
+    host_inputs: dict[str, torch.Tensor] = field(default_factory=dict)  # `inputs` as they were before `to`
 
     def to(self, device: torch.device) -> Batch:
         """The batch on `device`, its clips made from the planes there; asynchronous from pinned memory."""
@@ -116,6 +117,7 @@ class Batch:
             clips=clips,
             planes=None,
             inputs={name: each.to(device, non_blocking=True) for name, each in self.inputs.items()},
+            host_inputs=self.inputs,
             weights=weights,
         )
 
@@ -137,6 +139,7 @@ class PlannedClip:
     place: int
     window: NDArray[np.int64]
     crop: Crop
+    spatial_view: int | None = None  # in place of `crop`, one of the views of the whole frame
 
 
 @dataclass
@@ -263,26 +266,30 @@ class ClipSamples:
         ):
             if not visits or visits[-1].located.visit != located.visit:
                 visits.append(Visit(located, self.indexes[located.source][located.row]))
-            visit = visits[-1]
-            source = self.sources[located.source]
-            window_key = place if self.options.repeat_windows else located.visit * self.options.repeats
-            window_rng = crop_rng = None
-            if source.crop_scales is not None:
-                window_rng = sample_generator(self.seed, window_key, Stream.WINDOW)
-                crop_rng = sample_generator(self.seed, place, Stream.CROP)
-            row = visit.row
-            if source.sampling == "segments":
-                window = sample_segments(row.frames, self.clip_frames, window_rng)
-            else:
-                window = sample_window(row.frames, self.clip_frames, source.stride, window_rng)
-            if crop_rng is None or source.crop_scales is None:
-                crop = center_crop(row.height, row.width)
-            else:
-                crop = draw_multi_scale_crop(
-                    row.height, row.width, self.image_size, source.crop_scales, crop_rng
-                )
-            visit.clips.append(PlannedClip(slot, place, window, crop))
+            visits[-1].clips.append(self._planned(slot, place, located, visits[-1].row))
         return visits
+
+    def _planned(self, slot: int, place: int, located: Located, row: SampleRow) -> PlannedClip:
+        source, repeats = self.sources[located.source], self.options.repeats
+        if source.views is not None:
+            temporal, spatial = source.views.locate(place % repeats)
+            windows = temporal_views(
+                row.frames, self.clip_frames, source.stride, source.sampling, source.views.temporal
+            )
+            return PlannedClip(slot, place, windows[temporal], center_crop(row.height, row.width), spatial)
+        window_rng = crop_rng = None
+        if source.crop is not None:
+            window_key = place if self.options.repeat_windows else located.visit * repeats
+            window_rng = sample_generator(self.seed, window_key, Stream.WINDOW)
+            crop_rng = sample_generator(self.seed, place, Stream.CROP)
+        if source.sampling == "segments":
+            window = sample_segments(row.frames, self.clip_frames, window_rng)
+        else:
+            window = sample_window(row.frames, self.clip_frames, source.stride, window_rng)
+        if source.crop is None or crop_rng is None:
+            return PlannedClip(slot, place, window, center_crop(row.height, row.width))
+        crop = source.crop.draw(row.height, row.width, self.image_size, crop_rng)
+        return PlannedClip(slot, place, window, crop)
 
     def batch_bytes(self, clips: int) -> int:
         """What the clips or planes of a batch take; with planes an estimate from the first samples."""
@@ -329,9 +336,17 @@ class ClipSamples:
             else:
                 frames = self.decode_rgb(video, wanted)
                 self._check_size(visit.row, frames[0])
+                views = self.sources[visit.located.source].views
+                resized: dict[bytes, torch.Tensor] = {}  # all spatial views of a window
                 for clip in visit.clips:
                     pictures = [frames[i] for i in np.searchsorted(wanted, clip.window)]
-                    out[clip.slot] = crop_and_resize(pictures, clip.crop, self.image_size)
+                    if views is None or clip.spatial_view is None:
+                        out[clip.slot] = crop_and_resize(pictures, clip.crop, self.image_size)
+                        continue
+                    window = clip.window.tobytes()
+                    if window not in resized:
+                        resized[window] = spatial_views(pictures, self.image_size, views.spatial)
+                    out[clip.slot] = resized[window][clip.spatial_view]
 
     @staticmethod
     def _check_size(row: SampleRow, picture: NDArray[np.uint8]) -> None:
@@ -371,14 +386,15 @@ class ClipLoader:
         workers: int,
         stop_position: int | None,
         shuffle: bool = True,
+        unit: int = 1,
         options: LoaderOptions = LoaderOptions(),  # frozen
     ) -> None:
         """Loads steps from place `position` on, up to `stop_position` (None: for ever).
 
-        The last step is padded with weight 0 where it passes `stop_position`. Several `sources` are mixed by
-        their weights. `draw` makes what the task adds to each clip.
-        `workers=0` decodes in this process. Raises ValueError if a split is missing or damaged; iteration
-        raises DataReadError if a shard cannot be read and DecodeWorkersError if no worker stays alive.
+        The last step is padded with weight 0 where it passes `stop_position`. Several `sources` are mixed by their
+        weights. `draw` makes what the task adds to each clip. A rank takes `unit` places together. `workers=0`
+        decodes in this process. Raises ValueError if a split is missing or damaged; iteration raises DataReadError
+        if a shard cannot be read and DecodeWorkersError if no worker stays alive.
         """
         self.samples = ClipSamples(
             sources,
@@ -392,7 +408,7 @@ class ClipLoader:
         self.places_per_epoch = self.samples.order.places_per_epoch
         self.position, self.stop_position = position, stop_position
         self.global_batch, self.micro_batch = global_batch, micro_batch
-        self.rank, self.world_size, self.workers = rank, world_size, workers
+        self.rank, self.world_size, self.workers, self.unit = rank, world_size, workers, unit
         self._pool: DecodePool[Batch] | None = None
 
     def __iter__(self) -> Iterator[list[Batch]]:
@@ -423,7 +439,7 @@ class ClipLoader:
         position = self.position
         while self.stop_position is None or position < self.stop_position:
             for places in places_of_rank(
-                position, self.global_batch, self.micro_batch, self.rank, self.world_size
+                position, self.global_batch, self.micro_batch, self.rank, self.world_size, self.unit
             ):
                 yield [p if self.stop_position is None or p < self.stop_position else PAD for p in places]
             position += self.global_batch

@@ -33,6 +33,9 @@ class Stream(IntEnum):
     WINDOW = 0
     CROP = 1
     SEQUENCE = 2
+    AUGMENT = 3
+    MIX = 4
+    DROP = 5
 
 
 def sample_generator(seed: int, place: int, stream: int) -> np.random.Generator:
@@ -238,16 +241,19 @@ def accumulation_steps(global_batch: int, micro_batch: int, world_size: int) -> 
 
 
 def places_of_rank(
-    position: int, global_batch: int, micro_batch: int, rank: int, world_size: int
+    position: int, global_batch: int, micro_batch: int, rank: int, world_size: int, unit: int = 1
 ) -> list[list[int]]:
     """The micro batches of the step that starts at `position`, for one rank.
 
-    Each rank takes one stretch of [position, position + global_batch); the stretches differ by at most one
-    place. Every rank gets the same number of lists, every list has `micro_batch` entries, PAD where places
-    are used up.
+    Each rank takes one stretch of [position, position + global_batch); the stretches differ by at most one `unit`
+    of places, which divides both batch sizes, so that the places of a unit always share a micro batch. Every rank
+    gets the same number of lists, every list has `micro_batch` entries, PAD where places are used up.
     """
-    first = position + global_batch * rank // world_size
-    last = position + global_batch * (rank + 1) // world_size
+    assert not global_batch % unit
+    assert not micro_batch % unit
+    units = global_batch // unit
+    first = position + units * rank // world_size * unit
+    last = position + units * (rank + 1) // world_size * unit
     steps = accumulation_steps(global_batch, micro_batch, world_size)
     places = [*range(first, last)] + [PAD] * (steps * micro_batch - (last - first))
     return [places[i * micro_batch : (i + 1) * micro_batch] for i in range(steps)]

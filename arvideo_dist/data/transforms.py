@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -73,6 +73,23 @@ def draw_multi_scale_crop(
     step_h, step_w = (height - crop_h) // 4, (width - crop_w) // 4
     along_h, along_w = CROP_POSITIONS[rng.integers(len(CROP_POSITIONS))]
     return Crop(along_h * step_h, along_w * step_w, crop_h, crop_w)
+
+
+class CropDraw(Protocol):
+    """How the crop of a training clip is drawn."""
+
+    def draw(self, height: int, width: int, size: int, rng: np.random.Generator) -> Crop:
+        """Of a frame of `height` x `width` pixels; it will be resized to `size` x `size`."""
+
+
+@dataclass(frozen=True)
+class MultiScaleCrop:
+    """`draw_multi_scale_crop` with these scales."""
+
+    scales: tuple[float, ...]
+
+    def draw(self, height: int, width: int, size: int, rng: np.random.Generator) -> Crop:
+        return draw_multi_scale_crop(height, width, size, self.scales, rng)
 
 
 # (vertical, horizontal) in quarters of the free room

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from arvideo_dist.config.commands import RunConfig
+from arvideo_dist.config.commands import TrainingConfig
 from arvideo_dist.config.folder import run_folder
 from arvideo_dist.launch.driver import Finished
 from arvideo_dist.launch.start import check_resume, derive_checked
@@ -16,7 +16,7 @@ from arvideo_dist.train.run.lease import acquire
 from arvideo_dist.train.run.stop import RESULT
 
 
-def already_finished(config: RunConfig) -> Finished | None:
+def already_finished(config: TrainingConfig) -> Finished | None:
     """What the run left, if it has ended under this configuration; None if something is left to do.
 
     Starts no Ray and changes nothing, unless MLflow lacks something of the run: then that is sent. Raises
@@ -51,7 +51,7 @@ def already_finished(config: RunConfig) -> Finished | None:
     )
 
 
-def _settle_mlflow(config: RunConfig, run: Storage) -> str:
+def _settle_mlflow(config: TrainingConfig, run: Storage) -> str:
     """Send what MLflow has not got and set the status that it did not take; the id of its run."""
     from arvideo_dist.train.tracking import outbox
     from arvideo_dist.train.tracking import runs as tracking

@@ -6,10 +6,11 @@ import os
 
 from pydantic import ValidationError
 
-from arvideo_dist.config.commands import RunConfig
+from arvideo_dist.config.commands import TrainingConfig
+from arvideo_dist.config.data import PretrainDataConfig
 from arvideo_dist.config.folder import run_folder
 from arvideo_dist.config.settings import Root
-from arvideo_dist.config.sources import clips_per_epoch, training_sources
+from arvideo_dist.config.sources import clips_per_epoch, data_sets
 from arvideo_dist.data.index import load_manifest
 from arvideo_dist.storage import Storage
 from arvideo_dist.tasks.derived import Derived, derive
@@ -19,13 +20,14 @@ from arvideo_dist.train.checkpoint.layout import complete_checkpoints
 from arvideo_dist.train.checkpoint.manifest import CheckpointError
 from arvideo_dist.train.checkpoint.reader import Checkpoint
 from arvideo_dist.train.run import changes
+from arvideo_dist.train.trained import read_weights
 
 
-def derive_checked(config: RunConfig) -> Derived:
+def derive_checked(config: TrainingConfig) -> Derived:
     """The derived numbers of a run whose data set exists; ValueError says what is missing and where to set it."""
     clips = clips_per_epoch(config.data)
     if config.data.val_split is not None:
-        load_manifest(training_sources(config.data)[0].storage, config.data.val_split)
+        load_manifest(data_sets(config.data)[0][0], config.data.val_split)
     return derive(config, clips)
 
 
@@ -43,27 +45,27 @@ def with_absolute_paths(config: Root) -> Root:
         )
     run = config.run.model_copy(update={"storage_path": Storage(config.run.storage_path).address})
     path = None if config.data.path is None else Storage(config.data.path).address
-    mixture = tuple(
-        other.model_copy(update={"path": Storage(other.path).address}) for other in config.data.mixture
-    )
-    data = config.data.model_copy(update={"path": path, "mixture": mixture})
+    data = config.data.model_copy(update={"path": path})
+    if isinstance(data, PretrainDataConfig):
+        others = (each.model_copy(update={"path": Storage(each.path).address}) for each in data.mixture)
+        data = data.model_copy(update={"mixture": tuple(others)})
     model = config.model
     if model.init_from is not None:
         model = model.model_copy(update={"init_from": Storage(model.init_from).address})
     return config.model_copy(update={"run": run, "data": data, "model": model})
 
 
-def check_initial_weights(config: RunConfig) -> None:
+def check_initial_weights(config: TrainingConfig) -> None:
     """Read `model.init_from` once, so that weights of another encoder stop the command and not the workers.
 
     A run that has a checkpoint goes on from that and does not need them.
     """
     if config.model.init_from is not None and not complete_checkpoints(run_folder(config)):
         task = task_of(config)
-        task.start_from(task.build())
+        task.start_from(task.build(), read_weights)
 
 
-def check_resume(config: RunConfig) -> Checkpoint | None:
+def check_resume(config: TrainingConfig) -> Checkpoint | None:
     """The checkpoint that the run goes on from; ValueError for what `run.resume` and `run.allow_change` refuse."""
     changes.check_allowed_names(config)
     run = run_folder(config)
@@ -89,14 +91,14 @@ def check_resume(config: RunConfig) -> Checkpoint | None:
     return None
 
 
-def _precision_if_known(config: RunConfig) -> str | None:
+def _precision_if_known(config: TrainingConfig) -> str | None:
     """What the workers will compute in, where the cluster's kind does not decide it."""
     if config.cluster.device == "auto" and config.train.precision == "auto":
         return None
     return config.train.precision_on(config.cluster.device)
 
 
-def wait_for_checkpoints(config: RunConfig) -> int:
+def wait_for_checkpoints(config: TrainingConfig) -> int:
     """Wait, before anything is written, for a store that shows less of this run than its lease or MLflow tells.
 
     Returns and raises what `seen.wait_until_seen_again` does.

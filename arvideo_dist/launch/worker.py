@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from arvideo_dist.config.commands import ROOTS, RunConfig
+from arvideo_dist.config.commands import ROOTS, TrainingConfig
 from arvideo_dist.launch.cluster import collective_timeout_s
 from arvideo_dist.storage import Storage
 from arvideo_dist.tasks.derived import Derived
@@ -32,7 +32,8 @@ def work(payload: dict[str, Any]) -> Interruption | Stopped | None:
     """Runs in every Ray Train worker, with the process group up; the driver gets what rank 0 returns."""
     import torch.distributed as dist
 
-    config, guard = ROOTS[payload["command"]].model_validate(payload["config"]), payload["lease"]
+    root: Any = ROOTS[payload["command"]]
+    config, guard = root.model_validate(payload["config"]), payload["lease"]
     if dist.get_rank() == 0:
         print(f"{dist.get_world_size()} workers have started", flush=True)
     with heartbeat(payload["monitor"], guard.storage(), config.run.hung_s, payload["workers"]):
@@ -42,7 +43,7 @@ def work(payload: dict[str, Any]) -> Interruption | Stopped | None:
             return Stopped.because(error)
 
 
-def _train(config: RunConfig, payload: dict[str, Any]) -> Interruption | None:
+def _train(config: TrainingConfig, payload: dict[str, Any]) -> Interruption | None:
     import torch.distributed as dist
     from ray.train.torch import get_device
 

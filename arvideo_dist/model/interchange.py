@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,7 +16,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from arvideo_dist.config.model import ModelConfig
+from arvideo_dist.config.model import EncoderConfig
 from arvideo_dist.model.layouts import load_encoder, to_encoder, to_transformers
 from arvideo_dist.model.pretraining import IMAGENET_MEAN, IMAGENET_STD
 from arvideo_dist.model.vit import ENCODER_SIZES, NORM_EPS, Encoder
@@ -27,7 +28,7 @@ _WEIGHTS_IN_FOLDER = ("model.safetensors", "pytorch_model.bin")
 
 
 def export_encoder(
-    encoder: Encoder, model: ModelConfig, to: Storage, format: Format, labels: int | None
+    encoder: Encoder, model: EncoderConfig, to: Storage, format: Format, labels: int | None
 ) -> None:
     """Write `encoder` into the folder `to`.
 
@@ -51,13 +52,15 @@ def export_encoder(
         _write_json(to, "config.json", config)
 
 
-def load_initial_encoder(encoder: Encoder, source: str) -> str:
-    """Fill `encoder` from VideoMAE weights at `source` (see `read_encoder`); returns what was taken, for the log.
+def fill_encoder(encoder: Encoder, source: str | None, read: Callable[[str], dict[str, torch.Tensor]]) -> str:
+    """Fill `encoder` from what `read` gives for `source` (None: it stays); returns what was taken, for the log.
 
     Raises ValueError naming model.init_from.
     """
+    if source is None:
+        return "random weights"
     try:
-        has_norm = load_encoder(encoder, read_encoder(source))
+        has_norm = load_encoder(encoder, read(source))
     except ValueError as error:
         raise ValueError(f"model.init_from {shown(source)}: {shown(error)}") from error
     lack = "" if has_norm else " without a final norm, which these weights do not have"
@@ -116,7 +119,7 @@ def _transformers_weights(weights: dict[str, torch.Tensor], labels: int | None) 
     }
 
 
-def _transformers_config(model: ModelConfig, labels: int | None) -> dict[str, Any]:
+def _transformers_config(model: EncoderConfig, labels: int | None) -> dict[str, Any]:
     size, (p_t, p_h, p_w) = ENCODER_SIZES[model.encoder], model.tubelet
     if p_h != p_w:
         raise ValueError(
@@ -148,7 +151,7 @@ def _transformers_config(model: ModelConfig, labels: int | None) -> dict[str, An
     return config
 
 
-def _preprocessor_config(model: ModelConfig) -> dict[str, Any]:
+def _preprocessor_config(model: EncoderConfig) -> dict[str, Any]:
     return {
         "image_processor_type": "VideoMAEImageProcessor",
         "do_resize": True,

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 
-from arvideo_dist.config.model import DecoderConfig, ModelConfig
+from arvideo_dist.config.model import DecoderConfig, EncoderConfig, ModelConfig
 from arvideo_dist.model.kinds import make_sequences
 from arvideo_dist.model.vit import ENCODER_SIZES
 
@@ -46,6 +46,13 @@ def activation_bytes_per_clip(model: ModelConfig, decoder: DecoderConfig) -> int
 def _self_attention_block(width: int, heads: int) -> int:
     """Numbers a token of `vit.Block`: norm (in, out), qkv (3), attention (out), norm (in, out), MLP (4, 4)."""
     return 16 * width + 2 * _NORM + heads
+
+
+def classifier_activation_bytes(model: EncoderConfig) -> int:
+    """Bytes saved for each clip of fine-tuning; of what follows the mean over tokens nothing is counted."""
+    size, n = ENCODER_SIZES[model.encoder], math.prod(model.token_grid)
+    cubes = n * 3 * math.prod(model.tubelet)
+    return _FP32 * (cubes + size.depth * n * _self_attention_block(size.width, size.heads))
 
 
 def activation_bytes_per_pass(model: ModelConfig, decoder: DecoderConfig) -> int:

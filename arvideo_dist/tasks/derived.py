@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from arvideo_dist.config.commands import RunConfig
+from arvideo_dist.config.commands import TrainingConfig
 from arvideo_dist.data.order import accumulation_steps
 from arvideo_dist.tasks.kinds import task_of
 
@@ -57,7 +57,7 @@ class Derived:
         )
 
 
-def derive(config: RunConfig, samples: int | None) -> Derived:
+def derive(config: TrainingConfig, samples: int | None) -> Derived:
     """Numbers of a run over `samples` training samples; ValueError if they contradict each other."""
     costs = task_of(config).costs()
     train, world_size = config.train, config.cluster.max_workers
@@ -91,7 +91,7 @@ def derive(config: RunConfig, samples: int | None) -> Derived:
     )
 
 
-def _check_length(config: RunConfig, samples: int, total_steps: int, warmup_steps: float) -> None:
+def _check_length(config: TrainingConfig, samples: int, total_steps: int, warmup_steps: float) -> None:
     if samples == 0:
         raise ValueError(f"split {config.data.split!r} at data.path has no samples")
     if total_steps == 0:

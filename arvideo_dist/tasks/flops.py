@@ -10,7 +10,7 @@ import math
 
 import torch
 
-from arvideo_dist.config.model import DecoderConfig, ModelConfig
+from arvideo_dist.config.model import DecoderConfig, EncoderConfig, ModelConfig
 from arvideo_dist.model.kinds import build_model, make_sequences
 from arvideo_dist.model.vit import ENCODER_SIZES
 
@@ -39,6 +39,14 @@ def _cross_attention_block_flops(n: int, m: int, w: int, self_attention: bool) -
     """Forward, of one ARVideo decoder block: `m` queries over `n` tokens, width `w`."""
     flops = 2 * m * w * w * 2 + 2 * n * w * 2 * w + 4 * m * n * w + 2 * m * 8 * w * w
     return flops + (8 * m * w * w + 4 * m * m * w if self_attention else 0)
+
+
+def classifier_flops(model: EncoderConfig, classes: int) -> int:
+    """FLOP of one clip's step of fine-tuning, forward and backward: the encoder over all tokens and the head."""
+    n, d, depth, _ = math.prod(model.token_grid), *ENCODER_SIZES[model.encoder]
+    embed = 2 * n * 3 * math.prod(model.tubelet) * d
+    encoder = depth * (2 * n * 12 * d * d + 4 * n * n * d)
+    return 3 * (embed + encoder + 2 * d * classes) - embed
 
 
 def parameter_count(model: ModelConfig, decoder: DecoderConfig) -> int:

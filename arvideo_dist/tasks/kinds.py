@@ -6,19 +6,23 @@ from typing import Any
 
 import torch
 
-from arvideo_dist.config.commands import RunConfig
+from arvideo_dist.config.commands import FinetuneConfig, PretrainConfig, TrainingConfig
+from arvideo_dist.tasks.classification import Classification
 from arvideo_dist.tasks.pretraining import Pretraining
 from arvideo_dist.tasks.task import Task
 
-_TASKS: dict[str, type[Task[Any]]] = {"pretrain": Pretraining}
+_TASKS: dict[str, type[Task[Any]]] = {
+    PretrainConfig.command: Pretraining,
+    FinetuneConfig.command: Classification,
+}
 
 
-def task_of(config: RunConfig) -> Task[Any]:
+def task_of(config: TrainingConfig) -> Task[Any]:
     """The task that a command's configuration describes."""
     return _TASKS[config.command](config)
 
 
-def parameter_shapes(config: RunConfig) -> dict[str, tuple[int, ...]]:
+def parameter_shapes(config: TrainingConfig) -> dict[str, tuple[int, ...]]:
     """Each parameter's shape, by name; nothing is allocated."""
     with torch.device("meta"):
         return {name: tuple(p.shape) for name, p in task_of(config).build().named_parameters()}

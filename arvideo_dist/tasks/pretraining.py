@@ -12,18 +12,26 @@ from numpy.typing import NDArray
 from torch import nn
 
 from arvideo_dist.config.commands import PretrainConfig
-from arvideo_dist.config.sources import training_sources, validation_source
+from arvideo_dist.config.sources import pretraining_sources, validation_source
 from arvideo_dist.data.index import SampleRow
 from arvideo_dist.data.loader import Batch, ClipSource
 from arvideo_dist.data.order import Stream, sample_generator
 from arvideo_dist.model.clusters import Clusters
-from arvideo_dist.model.interchange import load_initial_encoder
+from arvideo_dist.model.interchange import fill_encoder
 from arvideo_dist.model.kinds import build_model, make_sequences
 from arvideo_dist.model.pretraining import Output, PretrainingModel, Sequences
 from arvideo_dist.tasks.activations import activation_bytes_per_clip, activation_bytes_per_pass
 from arvideo_dist.tasks.flops import forward_backward_flops, parameter_count
 from arvideo_dist.tasks.picture import reconstruction
-from arvideo_dist.tasks.task import Costs, Forward, Measured, ParameterGroup, Task, decay_matrices
+from arvideo_dist.tasks.task import (
+    Costs,
+    Forward,
+    Measured,
+    ParameterGroup,
+    ReadWeights,
+    Task,
+    decay_matrices,
+)
 
 PICTURED_CLIPS = 3
 
@@ -60,10 +68,8 @@ class Pretraining(Task[PretrainConfig]):
     def build(self) -> PretrainingModel:
         return build_model(self.config.model, self.config.decoder)
 
-    def start_from(self, module: nn.Module) -> str:
-        if self.config.model.init_from is None:
-            return "random weights"
-        return load_initial_encoder(cast(PretrainingModel, module).encoder, self.config.model.init_from)
+    def start_from(self, module: nn.Module, read: ReadWeights) -> str:
+        return fill_encoder(cast(PretrainingModel, module).encoder, self.config.model.init_from, read)
 
     def parameter_groups(self, module: nn.Module) -> list[ParameterGroup]:
         return decay_matrices(module, self.config.optim.weight_decay)
@@ -75,7 +81,7 @@ class Pretraining(Task[PretrainConfig]):
         return self.draw()
 
     def sources(self) -> list[ClipSource]:
-        return training_sources(self.config.data)
+        return pretraining_sources(self.config.data)
 
     def validation_source(self) -> ClipSource | None:
         return validation_source(self.config.data)

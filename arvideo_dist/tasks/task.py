@@ -6,27 +6,32 @@ Letters: B clips of a micro batch.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Generic, NamedTuple, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from arvideo_dist.config.commands import RunConfig
+from arvideo_dist.config.commands import TrainingConfig
 
 if TYPE_CHECKING:  # the loader wants packages that a bare GPU machine does not have (benchmarks/gpu_check.py)
+    from arvideo_dist.data.index import DatasetIndex
     from arvideo_dist.data.loader import Batch, ClipSource, Draw
 
-Config = TypeVar("Config", bound=RunConfig)
+Config = TypeVar("Config", bound=TrainingConfig)
 
 
 class Forward(Protocol):
     """The task's module, called through the engine; ZeRO-3 gathers its weights around the call."""
 
     def __call__(self, *inputs: Any) -> Any: ...
+
+
+# An encoder's weights, by the names of `model.vit.Encoder`, at a file, folder, run or checkpoint.
+ReadWeights = Callable[[str], dict[str, torch.Tensor]]
 
 
 class ParameterGroup(NamedTuple):
@@ -63,8 +68,28 @@ class Measured:
 class Task(ABC, Generic[Config]):
     """A task of one configuration. Its methods keep nothing, so a task is the same on every rank."""
 
+    best_metric: ClassVar[str | None] = (
+        None  # the checkpoint of its largest value is kept beside the last ones
+    )
+
     def __init__(self, config: Config) -> None:
         self.config = config
+
+    def settled(self) -> Config:
+        """The configuration with what only the data set decides. Raises ValueError if that is not there."""
+        return self.config
+
+    def check(self, indexes: Sequence[DatasetIndex]) -> None:
+        """ValueError if the task cannot train on these data sets."""
+
+    def facts(self) -> dict[str, Any]:
+        """What a checkpoint tells of the task beside its configuration, as JSON."""
+        return {}
+
+    @property
+    def batch_unit(self) -> int:
+        """Places that share a micro batch at every world size."""
+        return 1
 
     @abstractmethod
     def costs(self) -> Costs: ...
@@ -74,10 +99,11 @@ class Task(ABC, Generic[Config]):
         """The module with fresh weights, drawn from torch's generator."""
 
     @abstractmethod
-    def start_from(self, module: nn.Module) -> str:
+    def start_from(self, module: nn.Module, read: ReadWeights) -> str:
         """Give `module` the weights that a run without a checkpoint starts from; for the log, where they are from.
 
-        Raises ValueError if they cannot be read or do not fit.
+        `read`: an encoder's weights at a file, folder, run or checkpoint. Raises ValueError if they cannot be read
+        or do not fit.
         """
 
     @abstractmethod

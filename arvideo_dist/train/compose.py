@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from arvideo_dist.config.commands import RunConfig
+from arvideo_dist.config.commands import TrainingConfig
 from arvideo_dist.config.sources import loader_options
 from arvideo_dist.data.loader import ClipLoader
 from arvideo_dist.storage import Storage, is_full, patiently, without_credentials
@@ -39,6 +39,7 @@ from arvideo_dist.train.samples.audit import Audit
 from arvideo_dist.train.samples.bad_samples import BadSamples
 from arvideo_dist.train.samples.bad_steps import BadSteps
 from arvideo_dist.train.tracking.deferred import DeferredWrites
+from arvideo_dist.train.trained import read_weights
 
 if TYPE_CHECKING:
     from arvideo_dist.train.tracking.outbox import QueuedTracker  # imports MLflow, which only rank 0 needs
@@ -48,7 +49,7 @@ if TYPE_CHECKING:
 class Assignment:
     """What the driver gives to every worker."""
 
-    config: RunConfig
+    config: TrainingConfig
     derived: Derived
     tracking_uri: str
     mlflow_run_id: str
@@ -118,6 +119,10 @@ def compose(
 
     activity.together("opens the data")
     loader = _training_loader(task, plan, position, device)
+    try:
+        task.check(loader.samples.indexes)
+    except ValueError as error:  # on all ranks: they read the same index
+        raise RunStoppedError(str(error)) from error
     notes = DeferredWrites(run)
     bad = BadSamples(notes, config.data.max_bad_fraction, loader.places_per_epoch, control, tracker)
     bad.restore(kept.get("bad_samples", []), kept.get("bad_validation_samples", []))
@@ -149,6 +154,7 @@ def compose(
             "precision": precision,
             "derived": asdict(derived),
             "versions": versions(),
+            **task.facts(),
         },
         seen=assignment.seen,
     )
@@ -168,7 +174,7 @@ def _start(
     activity.together("verifies and reads the checkpoint")
     start = open_newest_whole(assignment.lease.storage(), control, seen=assignment.seen)
     if start is None:
-        return None, task.start_from(module)
+        return None, task.start_from(module, read_weights)
     try:
         for line in changes.refuse_changes(start.state, assignment.config, digests, precision, str(start)):
             say(f"changed by run.allow_change: {line}")
@@ -179,7 +185,7 @@ def _start(
 
 
 def _training_loader(task: Task[Any], plan: Plan, position: int, device: torch.device) -> ClipLoader:
-    config: RunConfig = task.config
+    config: TrainingConfig = task.config
     return ClipLoader(
         task.sources(),
         clip_frames=config.model.frames,
@@ -193,6 +199,7 @@ def _training_loader(task: Task[Any], plan: Plan, position: int, device: torch.d
         world_size=dist.get_world_size(),
         workers=config.data.workers,
         stop_position=plan.total_places,
+        unit=task.batch_unit,
         options=loader_options(config.data, pin_memory=device.type == "cuda"),
     )
 
@@ -200,7 +207,7 @@ def _training_loader(task: Task[Any], plan: Plan, position: int, device: torch.d
 def _saver(
     run: Storage,
     engine: Engine,
-    config: RunConfig,
+    config: TrainingConfig,
     start: Checkpoint | None,
     say: Callable[[str], None],
     notes: DeferredWrites,

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
 
-from arvideo_dist.config.commands import RunConfig
+from arvideo_dist.config.commands import TrainingConfig
 from arvideo_dist.config.sources import validation_options
 from arvideo_dist.data.index import load_manifest
 from arvideo_dist.data.loader import BadRecord, Batch, ClipLoader, ClipSource
@@ -104,7 +104,7 @@ class Validator:
         return result.metrics
 
     def _loader(self, source: ClipSource, clips: int) -> ClipLoader:
-        config: RunConfig = self._task.config
+        config: TrainingConfig = self._task.config
         return ClipLoader(
             [source],
             clip_frames=config.model.frames,

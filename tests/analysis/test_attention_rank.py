@@ -21,7 +21,7 @@ from arvideo_dist.export import main as export
 from arvideo_dist.model.layouts import to_transformers
 from arvideo_dist.model.pretraining import normalise_pixels
 from arvideo_dist.model.vit import Encoder, EncoderSize, to_cubes
-from arvideo_dist.trained import open_trained
+from arvideo_dist.train.trained import open_trained
 from tests.analysis.conftest import CLIPS
 
 TOKENS = 32

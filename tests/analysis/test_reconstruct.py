@@ -23,7 +23,7 @@ from arvideo_dist.model.pretraining import restore_pixels
 from arvideo_dist.model.vit import to_cubes
 from arvideo_dist.tasks.picture import Page, gif
 from arvideo_dist.tasks.pretraining import TokenDraw
-from arvideo_dist.trained import open_trained
+from arvideo_dist.train.trained import open_trained
 from tests.analysis.conftest import CLIPS, MODELS, run_config
 
 ROWS = ("input", "context", "predicted")

@@ -30,6 +30,7 @@ from arvideo_dist.data.index import index_name, load_manifest, open_index, shard
 from arvideo_dist.data.loader import Batch, ClipLoader, ClipSource, LoaderOptions
 from arvideo_dist.data.order import PAD, places_of_rank
 from arvideo_dist.data.reader import DataReadError, MemberReader
+from arvideo_dist.data.transforms import MultiScaleCrop
 from arvideo_dist.storage import Storage
 from tests.data.conftest import FRAMES
 from tests.services.relays import Requests, SlowStore
@@ -41,7 +42,7 @@ SAMPLES = 11
 @pytest.fixture(scope="module")
 def make_loader(draw: Callable) -> Callable[..., ClipLoader]:
     def make(storage: Storage, **changes: Any) -> ClipLoader:
-        source = {"split": "train", "stride": 2, "crop_scales": (1.0, 0.875, 0.75, 0.66)}
+        source = {"split": "train", "stride": 2, "crop": MultiScaleCrop((1.0, 0.875, 0.75, 0.66))}
         source |= {name: changes.pop(name) for name in list(changes) if name in source}
         options = {f.name: changes.pop(f.name) for f in fields(LoaderOptions) if f.name in changes}
         arguments: dict[str, Any] = {
@@ -153,9 +154,7 @@ def test_all_ranks_take_the_same_number_of_micro_batches(dataset: Storage, make_
 
 def test_validation_reads_the_index_in_order_once(dataset: Storage, make_loader: Callable) -> None:
     def run(seed: int) -> list[Batch]:
-        return list(
-            batches(make_loader(dataset, crop_scales=None, shuffle=False, stop_position=SAMPLES, seed=seed))
-        )
+        return list(batches(make_loader(dataset, crop=None, shuffle=False, stop_position=SAMPLES, seed=seed)))
 
     places = torch.cat([batch.places for batch in run(0)])
     assert places[places != PAD].tolist() == list(range(SAMPLES))
@@ -213,7 +212,7 @@ def test_undecodable_members_and_wrong_frame_counts_are_bad_samples(
 ) -> None:
     broken = [videos[0], b"no video at all", videos[2][: len(videos[2]) // 3], b"", videos[4]]
     storage = make_dataset(tmp_path, broken, [40, 40, 64, 64, 500])
-    loader = make_loader(storage, stop_position=5, clip_frames=16, stride=8, crop_scales=None, shuffle=False)
+    loader = make_loader(storage, stop_position=5, clip_frames=16, stride=8, crop=None, shuffle=False)
     reasons = bad_rows(loader)
     assert set(reasons) == {"video001", "video002", "video003", "video004"}
     assert reasons["video001"].startswith("decode: ")
@@ -291,7 +290,7 @@ def test_workers_end_with_their_rank(dataset: Storage, tmp_path: Path, ending: A
         from tests.data.in_workers import draw_ids
 
         loader = ClipLoader(
-            [ClipSource(Storage(sys.argv[1]), "train", stride=2, crop_scales=None)],
+            [ClipSource(Storage(sys.argv[1]), "train", stride=2, crop=None)],
             clip_frames=4, image_size=32, draw=draw_ids, seed=0, position=0, global_batch=2, micro_batch=2,
             rank=0, world_size=1, workers=2, stop_position=None,
         )
@@ -373,8 +372,8 @@ def test_a_mixture_draws_each_source_by_its_own_rules(
 ) -> None:
     other = make_dataset(tmp_path, videos[6:9], [64, 38, 80])
     sources = [
-        ClipSource(dataset, "train", stride=2, crop_scales=(1.0,), weight=0.7),
-        ClipSource(other, "train", stride=8, crop_scales=None, weight=0.3),
+        ClipSource(dataset, "train", stride=2, crop=MultiScaleCrop((1.0,)), weight=0.7),
+        ClipSource(other, "train", stride=8, crop=None, weight=0.3),
     ]
     loader = make_loader(dataset, sources=sources, stop_position=40)
     assert loader.places_per_epoch == SAMPLES + 3
@@ -402,7 +401,7 @@ def test_a_bad_sample_of_a_mixture_is_named_with_its_data_set(
 
 
 def test_segments_take_one_frame_from_each_part_of_the_video(dataset: Storage, make_loader: Callable) -> None:
-    source = ClipSource(dataset, "train", 2, (1.0,), sampling="segments")
+    source = ClipSource(dataset, "train", 2, MultiScaleCrop((1.0,)), sampling="segments")
     for visit in make_loader(dataset, sources=[source]).samples.plan(list(range(SAMPLES))):
         length = visit.row.frames // 4
         if length:
@@ -415,8 +414,8 @@ def test_device_transforms_give_the_hosts_clips_within_one_grey_level(
     dataset: Storage, make_loader: Callable, workers: int, scales: tuple[float, ...] | None
 ) -> None:
     cpu = torch.device("cpu")
-    host = batches(make_loader(dataset, crop_scales=scales))
-    device = batches(make_loader(dataset, crop_scales=scales, device_transforms=True, workers=workers))
+    host = batches(make_loader(dataset, crop=scales))
+    device = batches(make_loader(dataset, crop=scales, device_transforms=True, workers=workers))
     for one, other in zip(host, device, strict=True):
         assert other.clips.numel() == 0
         made = other.to(cpu)

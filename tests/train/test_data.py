@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from pydantic import ValidationError
 
-from arvideo_dist.config.data import DataConfig
+from arvideo_dist.config.data import DataConfig, PretrainDataConfig
 from arvideo_dist.config.sources import (
     clips_per_epoch,
     loader_options,
-    training_sources,
+    pretraining_sources,
     validation_options,
     validation_source,
 )
@@ -23,10 +23,10 @@ from tests.data.in_workers import draw_ids
 
 
 @pytest.fixture
-def two_sets(tmp_path: Path) -> DataConfig:
+def two_sets(tmp_path: Path) -> PretrainDataConfig:
     for name, samples in (("one", 5), ("two", 3)):
         write_dataset(tmp_path / name, [b"x"] * samples, FRAMES[:samples])
-    return DataConfig.model_validate(
+    return PretrainDataConfig.model_validate(
         {
             "path": str(tmp_path / "one"),
             "weight": 0.7,
@@ -36,18 +36,18 @@ def two_sets(tmp_path: Path) -> DataConfig:
     )
 
 
-def test_each_data_set_keeps_its_own_stride_and_weight(two_sets: DataConfig) -> None:
-    sources = training_sources(two_sets)
+def test_each_data_set_keeps_its_own_stride_and_weight(two_sets: PretrainDataConfig) -> None:
+    sources = pretraining_sources(two_sets)
     assert [(source.stride, source.weight) for source in sources] == [(4, 0.7), (2, 0.3)]
 
 
-def test_each_data_set_is_sampled_as_the_configuration_says(two_sets: DataConfig) -> None:
-    data = DataConfig.model_validate(
+def test_each_data_set_is_sampled_as_the_configuration_says(two_sets: PretrainDataConfig) -> None:
+    data = PretrainDataConfig.model_validate(
         two_sets.model_dump(exclude={"stride", "mixture"})
         | {"sampling": "segments", "mixture": [{"path": two_sets.mixture[0].path, "stride": 2}]}
     )
     samples = ClipSamples(
-        training_sources(data),
+        pretraining_sources(data),
         clip_frames=4,
         image_size=32,
         draw=draw_ids,
@@ -70,19 +70,19 @@ def test_a_stride_with_segments_is_refused() -> None:
     with pytest.raises(ValidationError, match="stride 2 has no meaning with sampling segments"):
         DataConfig.model_validate({"sampling": "segments", "stride": 2})
     with pytest.raises(ValidationError, match="leave stride unset, or set sampling to window"):
-        DataConfig.model_validate({"mixture": [{"path": "x", "sampling": "segments", "stride": 2}]})
+        PretrainDataConfig.model_validate({"mixture": [{"path": "x", "sampling": "segments", "stride": 2}]})
 
 
-def test_an_epoch_is_all_samples_of_all_sets_times_the_repeats(two_sets: DataConfig) -> None:
+def test_an_epoch_is_all_samples_of_all_sets_times_the_repeats(two_sets: PretrainDataConfig) -> None:
     assert clips_per_epoch(two_sets) == 2 * (5 + 3)
 
 
 def test_a_missing_path_says_where_to_set_it() -> None:
     with pytest.raises(ValueError, match=r"--data\.path, in the YAML file, or as ARVIDEO__DATA__PATH"):
-        training_sources(DataConfig())
+        pretraining_sources(PretrainDataConfig())
 
 
-def test_a_missing_data_set_of_a_mixture_is_named(two_sets: DataConfig, tmp_path: Path) -> None:
+def test_a_missing_data_set_of_a_mixture_is_named(two_sets: PretrainDataConfig, tmp_path: Path) -> None:
     Storage(str(tmp_path / "two")).delete("dataset-train.json")
     with pytest.raises(ValueError, match=r"no data set at .*two"):
         clips_per_epoch(two_sets)
@@ -110,7 +110,7 @@ def test_validation_reads_as_training_does_but_each_sample_once_in_order() -> No
     assert (options.hung_after_seconds, options.pin_memory, options.shard_cache_gib) == (7.0, True, 1.5)
     assert (options.repeats, options.repeat_windows, options.shuffle_block_shards) == (1, False, None)
     source = validation_source(data)
-    assert (source.split, source.sampling, source.crop_scales) == ("val", "segments", None)
+    assert (source.split, source.sampling, source.crop) == ("val", "segments", None)
 
 
 def test_a_shard_cache_under_a_full_shuffle_is_refused() -> None:

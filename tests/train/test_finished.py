@@ -17,6 +17,7 @@ from arvideo_dist.data.index import FileEntry
 from arvideo_dist.launch import finished
 from arvideo_dist.launch.finished import already_finished
 from arvideo_dist.launch.start import check_resume
+from arvideo_dist.pretrain import main
 from arvideo_dist.storage import Storage
 from arvideo_dist.tasks.derived import derive
 from arvideo_dist.train.checkpoint.layout import FOLDER, MANIFEST, STATE, checkpoint_name
@@ -105,9 +106,9 @@ def test_a_finished_run_says_so_with_its_results_and_touches_nothing(
         raise AssertionError("a finished run starts nothing")
 
     for name in ("launch", "acquire", "check_driver"):
-        monkeypatch.setattr(pretrain, name, refuse)
+        monkeypatch.setattr(command, name, refuse)
     monkeypatch.setattr(finished, "acquire", refuse)
-    pretrain.main(_arguments(config, tmp_path / "config.yaml"))
+    main(_arguments(config, tmp_path / "config.yaml"))
     said = capsys.readouterr().out
     assert "run done is finished: step 6 was its last, nothing is left to train" in said
     assert f"checkpoint  {folder}/done/checkpoints/step-00000006" in said

@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from arvideo_dist.train.engine.groups import parameter_groups
 
 from arvideo_dist.config.model import DecoderConfig, ModelConfig
 from arvideo_dist.config.optim import TrainConfig
 from arvideo_dist.data.loader import Batch
 from arvideo_dist.model.kinds import build_model
 from arvideo_dist.model.pretraining import PretrainingModel
+from arvideo_dist.tasks.task import decay_matrices
 from tests.train.distributed import run_ranks
 from tests.train.engines import engine_of
 
@@ -63,7 +63,15 @@ def _batch(kind: str, model: PretrainingModel, places: list[int]) -> Batch:
 
 def _losses_of_one_process(kind: str) -> list[float]:
     model, losses = _model(kind), []
-    optimizer = torch.optim.AdamW(parameter_groups(model, 0.05), lr=RATE, betas=(0.9, 0.95), eps=1e-8)
+    optimizer = torch.optim.AdamW(
+        [
+            {"params": group.parameters, "weight_decay": group.weight_decay}
+            for group in decay_matrices(model, 0.05)
+        ],
+        lr=RATE,
+        betas=(0.9, 0.95),
+        eps=1e-8,
+    )
     for _ in range(STEPS):
         batch = _batch(kind, model, [0, 1])
         loss = model(batch.clips, batch.inputs["context_ids"], batch.inputs["target_ids"]).loss_b.mean()

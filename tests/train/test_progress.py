@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from arvideo_dist.train.engine.timing import ForwardTime
-from arvideo_dist.train.progress import Meter, Point, Stragglers
+from arvideo_dist.train.record import Meter, Point, Stragglers
 from tests.train.distributed import run_ranks
 
 POINT = Point(

@@ -18,7 +18,7 @@ from arvideo_dist.model.kinds import build_model
 from arvideo_dist.storage import Storage
 from arvideo_dist.train.checkpoint.layout import complete_checkpoints
 from arvideo_dist.train.checkpoint.reader import Checkpoint
-from arvideo_dist.trained import open_trained
+from arvideo_dist.train.trained import open_trained
 from tests.services.mlflow_server import new_database
 from tests.train.runs import PretrainProcess, history, make_data, write_config
 
@@ -131,7 +131,7 @@ def test_encoder_starts_from_the_given_weights_and_training_goes_on_from_them(
     ]
     at_start, trained = (dict(model.named_parameters()) for model in models)
     whole_run = open_trained(f"{folder}/runs/whole")
-    given, config = dict(whole_run.load_model().named_parameters()), whole_run.config
+    given, config = dict(whole_run.load_model().named_parameters()), whole_run.pretraining
     torch.manual_seed(0)  # run.seed
     fresh = dict(build_model(config.model, config.decoder).named_parameters())
     rate = 2.5e-4  # at its peak; 0 at the first step of the warm-up, whose checkpoint hence holds the start

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 
-from arvideo_dist.train.spikes import Spikes, spike_line
+from arvideo_dist.train.record import Spikes, spike_line
 
 
 def _metrics(loss: float, norm: float = 1.0) -> dict[str, float]:

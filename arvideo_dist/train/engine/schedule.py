@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from arvideo_dist.config.commands import RunConfig
+from arvideo_dist.config.commands import TrainingConfig
 from arvideo_dist.tasks.derived import Derived
 
 
@@ -54,7 +54,7 @@ class Plan:
         return max(0, -(-(self.total_places - position) // self.global_batch))
 
 
-def plan_of(config: RunConfig, derived: Derived, state: Mapping[str, Any] | None) -> Plan:
+def plan_of(config: TrainingConfig, derived: Derived, state: Mapping[str, Any] | None) -> Plan:
     """The plan of a run that goes on from a checkpoint's `state`, or begins (None).
 
     The configuration says the length (train.steps, or train.epochs of so many samples) unless only the global batch

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from arvideo_dist.config.commands import RunConfig
+from arvideo_dist.config.commands import TrainingConfig
 from arvideo_dist.config.data import DataConfig
 from arvideo_dist.config.section import OnResume, fields_on_resume, value_at
-from arvideo_dist.config.sources import training_sources
+from arvideo_dist.config.sources import data_sets
 from arvideo_dist.data.index import load_manifest
 from arvideo_dist.storage import without_credentials
 from arvideo_dist.tasks.kinds import parameter_shapes
@@ -15,10 +15,10 @@ from arvideo_dist.tasks.kinds import parameter_shapes
 
 def data_digests(data: DataConfig) -> list[str]:
     """sha256 of the index of `data.path` and of each of `data.mixture`: the data itself, wherever it lies."""
-    return [load_manifest(source.storage, source.split).index.sha256 for source in training_sources(data)]
+    return [load_manifest(storage, split).index.sha256 for storage, split in data_sets(data)]
 
 
-def check_allowed_names(config: RunConfig) -> None:
+def check_allowed_names(config: TrainingConfig) -> None:
     """ValueError if `run.allow_change` names what is no field, or a field that needs no leave."""
     fields = fields_on_resume(type(config))
     altering = sorted(name for name, change in fields.items() if change is not OnResume.FREE)
@@ -32,7 +32,7 @@ def check_allowed_names(config: RunConfig) -> None:
 
 
 def refuse_changes(
-    state: dict[str, Any], config: RunConfig, digests: list[str], precision: str | None, checkpoint: str
+    state: dict[str, Any], config: TrainingConfig, digests: list[str], precision: str | None, checkpoint: str
 ) -> list[str]:
     """Compare `config` with the `state` of a checkpoint.
 
@@ -81,7 +81,7 @@ def _remedy(refused: list[str], misfits: list[str]) -> str:
 
 
 def _values(
-    root: type[RunConfig], config: dict[str, Any], digests: list[str], precision: str
+    root: type[TrainingConfig], config: dict[str, Any], digests: list[str], precision: str
 ) -> dict[str, Any]:
     """The value of every field, a data set's path replaced by what it holds."""
     config, defaults = without_credentials(config), root().model_dump(mode="json")
@@ -92,5 +92,8 @@ def _values(
         except KeyError:  # a field that is younger than the checkpoint
             values[name] = value_at(defaults, name)
     first, *others = [f"index sha256 {digest[:16]}" for digest in digests]
-    mixture = [{**mixed, "path": other} for mixed, other in zip(values["data.mixture"], others, strict=True)]
-    return values | {"data.path": first, "data.mixture": mixture, "train.precision": precision}
+    values |= {"data.path": first, "train.precision": precision}
+    if others:
+        mixed = zip(values["data.mixture"], others, strict=True)
+        values["data.mixture"] = [{**each, "path": other} for each, other in mixed]
+    return values

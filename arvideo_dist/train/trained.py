@@ -1,0 +1,121 @@
+"""What a run has trained: read by export, analysis and evaluation, and by runs that start from it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from arvideo_dist.config.commands import ROOTS, PretrainConfig, TrainingConfig
+from arvideo_dist.config.model import DecoderConfig
+from arvideo_dist.model.interchange import WEIGHTS_ENDINGS, read_encoder
+from arvideo_dist.model.kinds import build_model
+from arvideo_dist.model.pretraining import PretrainingModel
+from arvideo_dist.model.vit import Encoder
+from arvideo_dist.storage import Storage
+from arvideo_dist.tasks.kinds import task_of
+from arvideo_dist.train.checkpoint.layout import FOLDER, complete_checkpoints
+from arvideo_dist.train.checkpoint.reader import Checkpoint
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A complete checkpoint whose content is what its manifest says."""
+
+    run: Storage
+    checkpoint: Checkpoint
+
+    @property
+    def config(self) -> TrainingConfig:
+        """The whole configuration of the run that wrote the checkpoint."""
+        root: Any = ROOTS[self.checkpoint.state.get("command", PretrainConfig.command)]
+        config: TrainingConfig = root.model_validate(self.checkpoint.state["config"])
+        return config
+
+    @property
+    def pretraining(self) -> PretrainConfig:
+        """The same of a pretraining run; ValueError if it is none."""
+        config = self.config
+        if not isinstance(config, PretrainConfig):
+            raise ValueError(f"{self.checkpoint} is of a run of {config.command}; give one of pretrain")
+        return config
+
+    @property
+    def label(self) -> str:
+        return f"{self.run.uri.partition('?')[0].rpartition('/')[2]} {self.checkpoint.name}"
+
+    def load_module(self) -> nn.Module:
+        """The task's module with the checkpoint's weights."""
+        module = task_of(self.config).build()
+        self.checkpoint.load_weights(module)
+        return module
+
+    def load_encoder(self) -> Encoder:
+        """The encoder of a model of any task."""
+        encoder = self.load_module().get_submodule("encoder")
+        assert isinstance(encoder, Encoder)
+        return encoder
+
+    def load_model(self, decoder: DecoderConfig | None = None) -> PretrainingModel:
+        """The same of a pretraining run; `decoder` in place of the run's if its parameters are the same."""
+        config = self.pretraining
+        model = build_model(config.model, decoder or config.decoder)
+        self.checkpoint.load_weights(model)
+        return model
+
+
+def open_trained(source: str) -> Trained:
+    """The newest complete checkpoint of the run `source`, or the checkpoint `source`: folders or URIs.
+
+    Every part is compared with its digest. Raises ValueError where there is none, CheckpointError where it is
+    damaged.
+    """
+    run, name = _find(source)
+    checkpoint = Checkpoint(run, name)
+    checkpoint.verify()
+    return Trained(run, checkpoint)
+
+
+def read_weights(source: str) -> dict[str, torch.Tensor]:
+    """An encoder's weights by our names: of a run or checkpoint, of an export, or in one of VideoMAE's layouts.
+
+    Raises ValueError if there is none, CheckpointError if a checkpoint is damaged.
+    """
+    if is_file_or_folder_of_weights(source):
+        return read_encoder(source)
+    weights = open_trained(source).load_module().state_dict()
+    return {
+        name.removeprefix("encoder."): value for name, value in weights.items() if name.startswith("encoder.")
+    }
+
+
+def is_file_or_folder_of_weights(source: str) -> bool:
+    """Whether `source` is not a run or one of its checkpoints, by what stands there."""
+    if source.endswith(WEIGHTS_ENDINGS):
+        return True
+    above, _, name = source.rstrip("/").rpartition("/")
+    if above.endswith(FOLDER) and name.startswith("step-"):
+        return False
+    return not complete_checkpoints(Storage(source))
+
+
+def _find(source: str) -> tuple[Storage, str]:
+    """The run and the name of the checkpoint that `source` names."""
+    *above, folder, name = ["", "", *source.rstrip("/").split("/")]
+    if folder == FOLDER:
+        run = Storage("/".join(above[2:]) or ("/" if source.startswith("/") else "."))
+        if name not in complete_checkpoints(run):
+            raise ValueError(f"{source} is not a complete checkpoint; {run.uri} has {_listed(run)}")
+        return run, name
+    run = Storage(source)
+    if not complete_checkpoints(run):
+        raise ValueError(
+            f"{source} has no complete checkpoint: give a run's folder or one of its checkpoints"
+        )
+    return run, complete_checkpoints(run)[-1]
+
+
+def _listed(run: Storage) -> str:
+    return ", ".join(complete_checkpoints(run)) or "none"
