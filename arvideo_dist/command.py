@@ -6,8 +6,9 @@ import argparse
 import json
 import os
 import sys
+from collections.abc import Callable
 from dataclasses import asdict
-from typing import NoReturn
+from typing import NoReturn, TypeVar
 
 from arvideo_dist.checks.start import check_driver, check_run
 from arvideo_dist.config.commands import TrainingConfig
@@ -27,16 +28,25 @@ from arvideo_dist.launch.start import (
 from arvideo_dist.storage import lasts, shown
 from arvideo_dist.tasks.derived import Derived, derive
 from arvideo_dist.tasks.kinds import task_of
-from arvideo_dist.train.checkpoint.layout import newest_step
+from arvideo_dist.train.checkpoint.layout import FOLDER, checkpoint_name, newest_step
 from arvideo_dist.train.checkpoint.reader import Checkpoint
 from arvideo_dist.train.engine.schedule import plan_of
 from arvideo_dist.train.run.lease import LeaseLostError, acquire
 from arvideo_dist.train.run.stop import CrashLoopError, RunInterruptedError, RunStoppedError
 from arvideo_dist.train.samples.bad_samples import ARTIFACT
 
+Root = TypeVar("Root", bound=TrainingConfig)
 
-def start_run(root: type[TrainingConfig], description: str, argv: list[str] | None) -> None:
+
+def start_run(
+    root: type[Root],
+    description: str,
+    argv: list[str] | None,
+    complete: Callable[[Root], Root] = lambda config: config,
+) -> None:
     """Run the command of configuration `root` to the end of its run; `argv`: without the program's name.
+
+    `complete`: gives a configuration what follows from what it names.
 
     Exits with 2 for what the user set wrong, 75 if the same command goes on, 1 if the run failed.
     """
@@ -46,6 +56,7 @@ def start_run(root: type[TrainingConfig], description: str, argv: list[str] | No
     )
     try:
         config, flags = read_config(root, sys.argv[1:] if argv is None else argv, parser)
+        config = complete(config)
         if flags.dry_run:
             check_initial_weights(config)
             derived = derive(config, None) if config.data.path is None else derive_checked(config)
@@ -65,10 +76,10 @@ def start_run(root: type[TrainingConfig], description: str, argv: list[str] | No
     _print_end(config, finished)
 
 
-def _run(config: TrainingConfig) -> tuple[TrainingConfig, Finished]:
+def _run(config: Root) -> tuple[Root, Finished]:
     """The run of `config`, whose paths are made absolute, from its checks to its end."""
     with Signals() as signals:
-        config = with_absolute_paths(config)
+        config = task_of(with_absolute_paths(config)).settled()
         finished = already_finished(config)
         if finished is None:
             check_own_ray(config)
@@ -138,4 +149,7 @@ def _print_end(config: TrainingConfig, finished: Finished) -> None:
             f"validation  no loss: no clip of split {config.data.val_split!r} could be used, or the loss is not "
             f"finite; {finished.run_folder}/{ARTIFACT} lists bad samples"
         )
+    if "best_step" in metrics:
+        best = f"{finished.run_folder}/{FOLDER}/{checkpoint_name(int(metrics['best_step']))}"
+        print(f"best        {best} ({task_of(config).best_metric} {metrics['best_value']:.4f})")
     print(f"mlflow      run {finished.mlflow_run_id}; dashboard: {dashboard_command(config)}")

@@ -80,7 +80,10 @@ def train(
     ):  # what it began from was no run's end
         state.metrics |= training.parts.measure(state.step)
     if dist.get_rank() == 0:
-        _leave_result(assignment.lease.storage(), notes, {"step": state.step, **state.metrics})
+        best = (
+            {} if state.best is None else {"best_step": state.best["step"], "best_value": state.best["value"]}
+        )
+        _leave_result(assignment.lease.storage(), notes, {"step": state.step, **state.metrics, **best})
     return None
 
 
@@ -110,7 +113,7 @@ def compose(
         start.load_optimizer(engine)
     kept: Mapping[str, Any] = start.state if start is not None else {}
     position, step = kept.get("position", 0), kept.get("step", 0)
-    state = State(position, step, kept.get("metrics", {}), began_at=step, saved_at=step)
+    state = State(position, step, kept.get("metrics", {}), kept.get("best"), began_at=step, saved_at=step)
     plan = plan_of(config, derived, start.state if start is not None else None)
     activity.step, activity.total_steps = step, step + plan.steps_left(position)
     say(f"continues from {start}, step {step}" if start else f"starts from {origin}")
@@ -146,6 +149,7 @@ def compose(
         audit=audit,
         tracker=tracker,
         measure=Validator(task, engine, control, bad, notes, tracker, say),
+        best_metric=task.best_metric,
         constants={
             "command": config.command,
             "mlflow_run_id": assignment.mlflow_run_id,

@@ -138,13 +138,17 @@ class Training:
             self._say(line)
 
     def _validate(self) -> None:
+        state = self.state
         try:
-            self.state.metrics |= self.parts.measure(self.state.step)
+            state.metrics |= self.parts.measure(state.step)
         except RunStoppedError:  # on all ranks; what was learned is none of its fault
             with self._save_in_flight_ends():
                 self._save()
                 raise
         self.parts.recorder.meter.reset()
+        value = state.metrics.get(self.parts.best_metric or "")
+        if value is not None and (state.best is None or value > state.best["value"]):
+            state.best, state.save_owed = {"step": state.step, "value": value}, True
 
     def _save_if_due(self, facts: StepFacts) -> None:
         state = self.state
@@ -171,5 +175,6 @@ class Training:
             "spikes": parts.recorder.spikes.listed(),
             "failed_saves": parts.saver.failures_in_all,
             "metrics": state.metrics,
+            "best": state.best,
         }
         parts.saver.request(state.step, content)

@@ -30,6 +30,9 @@ class State:
     position: int = 0  # places consumed
     step: int = 0  # optimiser steps done
     metrics: dict[str, float] = field(default_factory=dict)  # the newest of each name
+    best: dict[str, float] | None = (
+        None  # "step" and "value" of the largest value of the task's `best_metric`
+    )
     # `position` and `step` as of the start of these workers, and of the newest save that was asked for.
     began_at: int = 0
     saved_at: int = 0
@@ -57,4 +60,5 @@ class Parts:
         [int], dict[str, float]
     ]  # the held-out split's metrics after a step, logged; collective
     constants: dict[str, Any]  # of a checkpoint's state: what does not change while these workers run
+    best_metric: str | None  # of the held-out split: the checkpoint of its largest value is kept
     seen: int  # the newest step of which anybody saw a checkpoint when these workers began

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +14,7 @@ from arvideo_dist.config.model import DecoderConfig
 from arvideo_dist.model.interchange import WEIGHTS_ENDINGS, read_encoder
 from arvideo_dist.model.kinds import build_model
 from arvideo_dist.model.pretraining import PretrainingModel
-from arvideo_dist.model.vit import Encoder
+from arvideo_dist.model.vit import ENCODER_SIZES, Encoder
 from arvideo_dist.storage import Storage
 from arvideo_dist.tasks.kinds import task_of
 from arvideo_dist.train.checkpoint.layout import FOLDER, complete_checkpoints
@@ -69,13 +70,17 @@ class Trained:
 def open_trained(source: str) -> Trained:
     """The newest complete checkpoint of the run `source`, or the checkpoint `source`: folders or URIs.
 
-    Every part is compared with its digest. Raises ValueError where there is none, CheckpointError where it is
-    damaged.
+    Every part is compared with its digest. Raises ValueError if there is none, CheckpointError if it is damaged.
     """
+    trained = open_state(source)
+    trained.checkpoint.verify()
+    return trained
+
+
+def open_state(source: str) -> Trained:
+    """As `open_trained`, but its parts are not looked at."""
     run, name = _find(source)
-    checkpoint = Checkpoint(run, name)
-    checkpoint.verify()
-    return Trained(run, checkpoint)
+    return Trained(run, Checkpoint(run, name))
 
 
 def read_weights(source: str) -> dict[str, torch.Tensor]:
@@ -88,6 +93,28 @@ def read_weights(source: str) -> dict[str, torch.Tensor]:
     weights = open_trained(source).load_module().state_dict()
     return {
         name.removeprefix("encoder."): value for name, value in weights.items() if name.startswith("encoder.")
+    }
+
+
+def geometry_of(source: str) -> dict[str, Any]:
+    """Fields of `EncoderConfig` that the encoder at `source` decides; a file of weights does not say.
+
+    Raises ValueError if there is no encoder.
+    """
+    if not is_file_or_folder_of_weights(source):
+        model = open_state(source).config.model
+        return {name: getattr(model, name) for name in ("encoder", "frames", "image_size", "tubelet")}
+    if source.endswith(WEIGHTS_ENDINGS) or not (folder := Storage(source)).exists("config.json"):
+        return {}
+    config = json.loads(folder.read_bytes("config.json"))
+    size = (config["hidden_size"], config["num_hidden_layers"], config["num_attention_heads"])
+    names = [name for name, known in ENCODER_SIZES.items() if known == size]
+    patch = config["patch_size"]
+    return {
+        **({"encoder": names[0]} if names else {}),
+        "frames": config["num_frames"],
+        "image_size": config["image_size"],
+        "tubelet": (config["tubelet_size"], patch, patch),
     }
 
 

@@ -75,16 +75,17 @@ class Retention:
         self._run, self._keep_last, self._keep_every = run, keep_last, keep_every
         self._weights: dict[str, int | None] = dict.fromkeys(damaged)  # `weights_step` of what was looked at
 
-    def saved(self, newest: str, weights: int | None) -> None:
+    def saved(self, newest: str, weights: int | None, best: str | None = None) -> None:
         """`newest`, with `weights` (`weights_step`), has just become visible: delete what is not needed beside it.
 
-        Kept are it, those of the newest `keep_last` distinct good weights and, for good, the first good one of each
-        `keep_every` steps: that of a step that it divides or, where the save at that step failed or was put off,
-        the next one. Leftovers of killed saves go. What cannot be read stays, as do other names. Raises OSError.
+        Kept are it, `best`, which the run has measured best, those of the newest `keep_last` distinct good weights
+        and, for good, the first good one of each `keep_every` steps: that of a step that it divides or, where the
+        save at that step failed or was put off, the next one. Leftovers of killed saves go. What cannot be read
+        stays, as do other names. Raises OSError.
         """
         self._weights[newest] = weights
         complete = [name for name in complete_checkpoints(self._run) if name <= newest]
-        kept = {newest}
+        kept = {newest, *filter(None, [best])}
         good: dict[str, int] = {}  # newest first
         for name in reversed(complete):
             try:

@@ -127,6 +127,7 @@ class Saver:
         self._failure: Exception | None = None
         self._failed_at = 0.0
         self._failures = 0  # in a row
+        self._best: str | None = None  # name of the checkpoint that is kept for its metric
         self.failures_in_all = failed_before
         self.last_saved = last_saved  # the newest checkpoint's step
         self._requested_at = time.monotonic()
@@ -161,6 +162,8 @@ class Saver:
             if not over[0]:
                 return
         self._requested_at = time.monotonic()
+        best = state.get("best")
+        self._best = None if best is None else checkpoint_name(best["step"])
         # Written out here, since what `state` holds changes with the next steps.
         state = {**state, "optimizer_steps": zero_state.optimizer_steps(self._engine)}
         content = json.dumps(state, indent=1).encode()
@@ -298,7 +301,7 @@ class Saver:
         try:
             if replaces:
                 clear_leftovers(self._run, name)
-            self._retention.saved(name, weights)
+            self._retention.saved(name, weights, self._best)
         except OSError as error:
             # The checkpoint itself is whole, and the next one's turn comes for these too.
             self._say(f"older checkpoints than {name} could not be deleted: {error}")
