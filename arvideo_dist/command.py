@@ -11,7 +11,7 @@ from dataclasses import asdict
 from typing import NoReturn, TypeVar
 
 from arvideo_dist.checks.start import check_driver, check_run
-from arvideo_dist.config.commands import TrainingConfig
+from arvideo_dist.config.commands import PretrainConfig, RunConfig, TrainingConfig
 from arvideo_dist.config.folder import run_folder
 from arvideo_dist.config.settings import exit_with, read_config
 from arvideo_dist.launch.driver import Finished, launch
@@ -26,48 +26,49 @@ from arvideo_dist.launch.start import (
     with_absolute_paths,
 )
 from arvideo_dist.storage import lasts, shown
-from arvideo_dist.tasks.derived import Derived, derive
+from arvideo_dist.tasks.derived import Derived, Evaluated, Workload, derive
 from arvideo_dist.tasks.kinds import task_of
+from arvideo_dist.tasks.scoring import SCORES
 from arvideo_dist.train.checkpoint.layout import FOLDER, checkpoint_name, newest_step
+from arvideo_dist.train.checkpoint.manifest import CheckpointError
 from arvideo_dist.train.checkpoint.reader import Checkpoint
 from arvideo_dist.train.engine.schedule import plan_of
 from arvideo_dist.train.run.lease import LeaseLostError, acquire
 from arvideo_dist.train.run.stop import CrashLoopError, RunInterruptedError, RunStoppedError
 from arvideo_dist.train.samples.bad_samples import ARTIFACT
 
-Root = TypeVar("Root", bound=TrainingConfig)
+Root = TypeVar("Root", bound=RunConfig)
 
 
 def start_run(
     root: type[Root],
     description: str,
     argv: list[str] | None,
-    complete: Callable[[Root], Root] = lambda config: config,
+    complete: Callable[[Root, argparse.Namespace], Root] = lambda config, flags: config,
+    add_flags: Callable[[argparse.ArgumentParser], None] = lambda parser: None,
 ) -> None:
     """Run the command of configuration `root` to the end of its run; `argv`: without the program's name.
 
-    `complete`: gives a configuration what follows from what it names.
-
-    Exits with 2 for what the user set wrong, 75 if the same command goes on, 1 if the run failed.
+    `complete`: gives a configuration what follows from what it names and from the flags of `add_flags`. Exits with
+    2 for what the user set wrong, 75 if the same command goes on, 1 if the run failed.
     """
     parser = argparse.ArgumentParser(prog=f"python -m arvideo_dist.{root.command}", description=description)
     parser.add_argument(
         "--dry-run", action="store_true", help="check the configuration and print the derived numbers as JSON"
     )
+    add_flags(parser)
     try:
         config, flags = read_config(root, sys.argv[1:] if argv is None else argv, parser)
-        config = complete(config)
+        config = complete(config, flags)
         if flags.dry_run:
-            check_initial_weights(config)
-            derived = derive(config, None) if config.data.path is None else derive_checked(config)
-            print(json.dumps(asdict(derived)))
+            print(json.dumps(asdict(_dry_run(config))))
             return
         config, finished = _run(config)
     except ValueError as error:
         exit_with(error, 2)
     except RunStoppedError as error:
         exit_with(error, os.EX_TEMPFAIL if error.passing else 1)
-    except (CrashLoopError, LeaseLostError) as error:
+    except (CheckpointError, CrashLoopError, LeaseLostError) as error:
         exit_with(error, 1)
     except RunInterruptedError as error:
         exit_with(error, os.EX_TEMPFAIL)
@@ -76,10 +77,19 @@ def start_run(
     _print_end(config, finished)
 
 
+def _dry_run(config: RunConfig) -> Workload:
+    check_initial_weights(config)
+    if isinstance(config, TrainingConfig) and config.data.path is None:
+        return derive(config, None)
+    return derive_checked(config)
+
+
 def _run(config: Root) -> tuple[Root, Finished]:
-    """The run of `config`, whose paths are made absolute, from its checks to its end."""
+    """The run of `config`, completed, from its checks to its end."""
     with Signals() as signals:
-        config = task_of(with_absolute_paths(config)).settled()
+        config = with_absolute_paths(config)
+        if isinstance(config, TrainingConfig):
+            config = task_of(config).settled()
         finished = already_finished(config)
         if finished is None:
             check_own_ray(config)
@@ -108,8 +118,20 @@ def _exit_with_failed_storage(error: OSError) -> NoReturn:
     )
 
 
-def _print_start(config: TrainingConfig, derived: Derived, checkpoint: Checkpoint | None) -> None:
+def _print_start(config: RunConfig, derived: Workload, checkpoint: Checkpoint | None) -> None:
     """`checkpoint`: that the run goes on from."""
+    print(
+        f"run {config.run.name}: {config.model.encoder} encoder, {derived.parameters / 1e6:.1f} M parameters, "
+        f"{derived.gflops_per_clip:.1f} GFLOP and {derived.activation_mb_per_clip:.0f} MB of fp32 activations "
+        "a clip",
+    )
+    if isinstance(config, TrainingConfig) and isinstance(derived, Derived):
+        print("\n".join(_training_lines(config, derived, checkpoint)), flush=True)
+    elif isinstance(derived, Evaluated):
+        print(f"{derived.batch_line()}\n{derived.samples} videos, {derived.total_places} views", flush=True)
+
+
+def _training_lines(config: TrainingConfig, derived: Derived, checkpoint: Checkpoint | None) -> list[str]:
     plan = plan_of(config, derived, checkpoint.state if checkpoint is not None else None)
     steps, others = plan.steps_left(0), ""
     if checkpoint is not None and plan.total_places != derived.total_places:
@@ -119,37 +141,60 @@ def _print_start(config: TrainingConfig, derived: Derived, checkpoint: Checkpoin
             f"{plan.total_places} clips that it was planned for)"
         )
     clusters = ""
-    queries = f", {derived.decoder_queries} decoder queries" if derived.decoder_queries else ""
     if derived.clusters is not None:
         clusters = f"{derived.clusters} clusters, {derived.kept_tokens_per_cluster} kept tokens each; "
-    print(
-        f"run {config.run.name}: {config.model.encoder} encoder, {derived.parameters / 1e6:.1f} M parameters, "
-        f"{derived.gflops_per_clip:.1f} GFLOP and {derived.activation_mb_per_clip:.0f} MB of fp32 activations "
-        "a clip\n"
-        f"tokens: {clusters}{derived.encoder_tokens} encoder tokens{queries}\n"
-        f"{derived.batch_line()}\n"
+    queries = f", {derived.decoder_queries} decoder queries" if derived.decoder_queries else ""
+    return [
+        f"tokens: {clusters}{derived.encoder_tokens} encoder tokens{queries}",
+        derived.batch_line(),
         f"schedule: {steps} steps{others} over {derived.samples} samples, warm-up "
         f"{derived.warmup_steps:.0f} steps, learning rate {derived.peak_lr:.3g} to {derived.min_lr:.3g}",
-        flush=True,
-    )
+    ]
 
 
-def _print_end(config: TrainingConfig, finished: Finished) -> None:
+def _print_end(config: RunConfig, finished: Finished) -> None:
     from arvideo_dist.train.tracking.runs import dashboard_command
 
-    metrics = finished.metrics
     print(f"\nrun         {finished.run_folder}")
-    print(f"checkpoint  {finished.checkpoint}")
+    if isinstance(config, TrainingConfig):
+        print("\n".join(_trained_lines(config, finished)))
+    else:
+        print("\n".join(_evaluated_lines(finished)))
+    print(f"mlflow      run {finished.mlflow_run_id}; dashboard: {dashboard_command(config)}")
+
+
+def _trained_lines(config: TrainingConfig, finished: Finished) -> list[str]:
+    metrics, lines = finished.metrics, [f"checkpoint  {finished.checkpoint}"]
+    if "best_step" in metrics:
+        best = f"{finished.run_folder}/{FOLDER}/{checkpoint_name(int(metrics['best_step']))}"
+        lines.append(f"best        {best} ({task_of(config).best_metric} {metrics['best_value']:.4f})")
     if "loss/val" in metrics:
-        if config.command == "pretrain":
-            print(f"picture     {finished.run_folder}/pictures/")
-        print(f"validation  {task_of(config).result_lines(metrics)}")
+        if isinstance(config, PretrainConfig):
+            lines.append(f"picture     {finished.run_folder}/pictures/")
+        lines.append(f"validation  {task_of(config).result_lines(metrics)}")
     elif config.data.val_split is not None:
-        print(
+        lines.append(
             f"validation  no loss: no clip of split {config.data.val_split!r} could be used, or the loss is not "
             f"finite; {finished.run_folder}/{ARTIFACT} lists bad samples"
         )
-    if "best_step" in metrics:
-        best = f"{finished.run_folder}/{FOLDER}/{checkpoint_name(int(metrics['best_step']))}"
-        print(f"best        {best} ({task_of(config).best_metric} {metrics['best_value']:.4f})")
-    print(f"mlflow      run {finished.mlflow_run_id}; dashboard: {dashboard_command(config)}")
+    return lines
+
+
+def _evaluated_lines(finished: Finished) -> list[str]:
+    metrics, folder = finished.metrics, finished.run_folder
+    lines = [f"scores      {folder}/{SCORES}"]
+    if "accuracy/top1" in metrics:
+        lines += [f"classes     {folder}/classes.txt", f"confusion   {folder}/confusion.png"]
+        shares = [
+            f"{title} {metrics[name]:.2%}"
+            for title, name in (
+                ("top-1", "accuracy/top1"),
+                ("top-5", "accuracy/top5"),
+                ("mean over classes", "accuracy/mean_class"),
+            )
+            if name in metrics
+        ]
+        lines.append(f"accuracy    {', '.join(shares)} of {metrics['videos']:.0f} videos")
+    if bad := metrics.get("bad_samples"):
+        lines.append(f"bad views   {bad:.0f}, listed in {folder}/{ARTIFACT}")
+    return lines

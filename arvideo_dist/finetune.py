@@ -6,6 +6,8 @@ its encoder (size, frames, pixels, tubelet) is taken over unless the configurati
 
 from __future__ import annotations
 
+import argparse
+
 from arvideo_dist.command import start_run
 from arvideo_dist.config.commands import FinetuneConfig
 from arvideo_dist.config.finetuning import ClassifierConfig
@@ -16,7 +18,7 @@ def main(argv: list[str] | None = None) -> None:
     start_run(FinetuneConfig, __doc__ or "", argv, with_geometry)
 
 
-def with_geometry(config: FinetuneConfig) -> FinetuneConfig:
+def with_geometry(config: FinetuneConfig, flags: argparse.Namespace) -> FinetuneConfig:
     """The configuration with the geometry of `model.init_from` where it does not give its own."""
     source, given = config.model.init_from, config.model.model_fields_set
     if source is None:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 
-from arvideo_dist.config.data import DataConfig
+from arvideo_dist.config.data import TrainDataConfig
 from arvideo_dist.data.index import load_manifest
 from arvideo_dist.data.loader import Batch, ClipLoader, ClipSource, Draw
 from arvideo_dist.storage import Storage
 
 
 def choose_source(
-    run: DataConfig | None, path: str | None, split: str | None, stride: int | None
+    run: TrainDataConfig | None, path: str | None, split: str | None, stride: int | None
 ) -> ClipSource:
     """The clips of data set `path`, by default those that `run` is validated on.
 
@@ -20,7 +20,7 @@ def choose_source(
     """
     if path is None and (run is None or run.path is None):
         raise ValueError("which clips? Give --data PATH, the folder or URI of a data set made by data_prep")
-    own = run or DataConfig()
+    own = run or TrainDataConfig()
     storage = Storage(path or own.path or "")
     chosen = split or own.val_split or own.split
     load_manifest(storage, chosen)

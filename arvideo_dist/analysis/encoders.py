@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from arvideo_dist.config.data import DataConfig
+from arvideo_dist.config.data import TrainDataConfig
 from arvideo_dist.config.section import Triple
 from arvideo_dist.model.interchange import WEIGHTS_ENDINGS, read_encoder
 from arvideo_dist.model.layouts import load_encoder
@@ -23,7 +23,7 @@ class OpenedEncoder:
     clip: tuple[int, int]  # frames, image size
     tubelet: Triple
     run: Storage | None = None  # of a checkpoint
-    data: DataConfig | None = None
+    data: TrainDataConfig | None = None
 
     @property
     def tokens(self) -> int:

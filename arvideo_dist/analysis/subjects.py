@@ -16,7 +16,7 @@ from arvideo_dist.analysis import reconstruct as predictions
 from arvideo_dist.analysis.clips import choose_source, load_clips
 from arvideo_dist.analysis.encoders import open_encoders
 from arvideo_dist.config.commands import PretrainConfig
-from arvideo_dist.config.data import DataConfig
+from arvideo_dist.config.data import TrainDataConfig
 from arvideo_dist.data.index import SampleRow
 from arvideo_dist.data.loader import ClipSource
 from arvideo_dist.hardware import environment
@@ -37,7 +37,7 @@ class Clips:
     stride: int | None
     number: int
 
-    def source(self, run: DataConfig | None) -> ClipSource:
+    def source(self, run: TrainDataConfig | None) -> ClipSource:
         return choose_source(run, self.data, self.split, self.stride)
 
 

@@ -7,18 +7,18 @@ import socket
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
-from arvideo_dist.config.commands import TrainingConfig
+from arvideo_dist.config.commands import RunConfig
 
 _ANSWER_S = 1.0
 
 
-def cluster_address(config: TrainingConfig) -> str | None:
+def cluster_address(config: RunConfig) -> str | None:
     """The Ray that the run joins; None if it starts one on this machine."""
     inside_job = "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
     return config.cluster.address or ("auto" if inside_job else os.environ.get("RAY_ADDRESS"))
 
 
-def worker_resources(config: TrainingConfig, use_gpu: bool) -> dict[str, float]:
+def worker_resources(config: RunConfig, use_gpu: bool) -> dict[str, float]:
     """What Ray reserves for each training worker."""
     return {"CPU": float(config.cluster.cpus_per_worker), **({"GPU": 1.0} if use_gpu else {})}
 

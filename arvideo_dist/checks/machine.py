@@ -16,7 +16,7 @@ import torch
 from arvideo_dist.checks.finding import Finding, Level
 from arvideo_dist.checks.memory import Memory
 from arvideo_dist.checks.needs import Needs
-from arvideo_dist.config.commands import TrainingConfig
+from arvideo_dist.config.commands import RunConfig
 from arvideo_dist.config.sources import loader_options
 from arvideo_dist.data.index import index_cache
 from arvideo_dist.hardware import cpu_name
@@ -32,7 +32,7 @@ _RAY_FULL = (
 _GPU_TAKEN = 0.1  # share of a GPU's memory in others' hands that is worth a word
 
 
-def check_machine(config: TrainingConfig, needs: Needs, *, workers_here: int, cuda: bool) -> list[Finding]:
+def check_machine(config: RunConfig, needs: Needs, *, workers_here: int, cuda: bool) -> list[Finding]:
     """Everything of this machine; `workers_here`: training workers that share it."""
     return [
         check_device(cuda=cuda),
@@ -161,7 +161,7 @@ def _smaller(memory: Memory, room: float) -> str:
     )
 
 
-def check_disk(config: TrainingConfig, needs: Needs) -> list[Finding]:
+def check_disk(config: RunConfig, needs: Needs) -> list[Finding]:
     """Free disk for temporary files, the index and the shard cache."""
     scratch = Path(tempfile.gettempdir())
     index = max(0, needs.index - _held(index_cache(), "*.arrow"))
@@ -175,7 +175,7 @@ def check_disk(config: TrainingConfig, needs: Needs) -> list[Finding]:
     return findings
 
 
-def check_room(config: TrainingConfig, checkpoint: int) -> list[Finding]:
+def check_room(config: RunConfig, checkpoint: int) -> list[Finding]:
     """Free disk for checkpoints of `checkpoint` bytes each, of storage that is a local path.
 
     All machines share it, so one looks. What the run has there already counts as free.

@@ -17,10 +17,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from arvideo_dist.config.commands import TrainingConfig
+from arvideo_dist.config.commands import RunConfig, TrainingConfig
 from arvideo_dist.data.workers import PREFETCH_PER_WORKER
 from arvideo_dist.storage import Storage
-from arvideo_dist.tasks.derived import Derived
+from arvideo_dist.tasks.derived import Derived, Workload
 
 _FP32 = 4
 _BUCKET_NUMBERS = 500_000_000
@@ -57,11 +57,16 @@ class Memory:
 NOTHING = Memory((), 1, 0)
 
 
-def memory_of(config: TrainingConfig, derived: Derived, *, cuda: bool) -> tuple[Memory, Memory]:
+def memory_of(config: RunConfig, derived: Workload, *, cuda: bool) -> tuple[Memory, Memory]:
     """What one worker takes on the host, and on its GPU (`NOTHING` without one); `derived`: at the world size."""
-    training, per_clip = _training(config, derived, cuda=cuda)
+    if isinstance(config, TrainingConfig):
+        training, per_clip = _training(config, derived, cuda=cuda)
+    else:
+        training, per_clip = _evaluation(config, derived, cuda=cuda)
     batches, batches_per_clip = _batches(config, derived, cuda=cuda)
-    host = [*batches, ("the copy that saves take", _saved(config, derived))]
+    host = list(batches)
+    if isinstance(config, TrainingConfig):
+        host.append(("the copy that saves take", _saved(config, derived)))
     host.append(("processes", PROCESS_BYTES + _DECODER_BYTES * config.data.workers))
     micro = derived.micro_batch
     if cuda:
@@ -70,7 +75,7 @@ def memory_of(config: TrainingConfig, derived: Derived, *, cuda: bool) -> tuple[
     return Memory((*training, *host), micro, per_clip + batches_per_clip), NOTHING
 
 
-def _training(config: TrainingConfig, derived: Derived, *, cuda: bool) -> tuple[list[tuple[str, int]], int]:
+def _training(config: TrainingConfig, derived: Workload, *, cuda: bool) -> tuple[list[tuple[str, int]], int]:
     """Parts of the device that trains, and how many bytes of them each clip of a micro batch adds."""
     stage, world, whole = config.train.zero_stage, derived.world_size, _FP32 * derived.parameters
     share = whole // world
@@ -82,30 +87,36 @@ def _training(config: TrainingConfig, derived: Derived, *, cuda: bool) -> tuple[
         2: 2 * share + bucket,
         3: share + bucket,
     }[stage]
-    half = (cuda and config.train.precision != "fp32") or config.train.precision == "bf16"
-    factor = 1e6 * (_BF16_SHARE if half else 1)
-    per_clip = int(factor * derived.activation_mb_per_clip)
-    activations = per_clip * derived.micro_batch + int(factor * derived.activation_mb_per_pass)
-    parts = [
-        ("weights", weights),
-        ("gradients", gradients),
-        ("AdamW's moments", 2 * (whole if stage == 0 else share)),
-        (f"activations of {derived.micro_batch} clips", activations),
-    ]
+    activations, per_clip = _activations(config, derived, cuda=cuda)
+    moments = 2 * (whole if stage == 0 else share)
+    parts = [("weights", weights), ("gradients", gradients), ("AdamW's moments", moments), activations]
     return parts, per_clip
 
 
-def batches_at_once(config: TrainingConfig, derived: Derived) -> int:
+def _evaluation(config: RunConfig, derived: Workload, *, cuda: bool) -> tuple[list[tuple[str, int]], int]:
+    activations, per_clip = _activations(config, derived, cuda=cuda)
+    return [("weights", _FP32 * derived.parameters), activations], per_clip
+
+
+def _activations(config: RunConfig, derived: Workload, *, cuda: bool) -> tuple[tuple[str, int], int]:
+    half = config.precision_on("cuda" if cuda else "cpu") == "bf16"
+    factor = 1e6 * (_BF16_SHARE if half else 1)
+    per_clip = int(factor * derived.activation_mb_per_clip)
+    activations = per_clip * derived.micro_batch + int(factor * derived.activation_mb_per_pass)
+    return (f"activations of {derived.micro_batch} clips", activations), per_clip
+
+
+def batches_at_once(config: RunConfig, derived: Workload) -> int:
     """Micro batches between the decode workers and the training step: in a step's hands, and prefetched."""
     return derived.accumulation_steps + PREFETCH_PER_WORKER * config.data.workers
 
 
-def clip_bytes(config: TrainingConfig) -> int:
+def clip_bytes(config: RunConfig) -> int:
     """Of one clip as it waits for its step."""
     return config.model.frames * 3 * config.model.image_size**2
 
 
-def _batches(config: TrainingConfig, derived: Derived, *, cuda: bool) -> tuple[list[tuple[str, int]], int]:
+def _batches(config: RunConfig, derived: Workload, *, cuda: bool) -> tuple[list[tuple[str, int]], int]:
     prefetched = PREFETCH_PER_WORKER * config.data.workers
     waiting = batches_at_once(config, derived) * derived.micro_batch * clip_bytes(config)
     parts = [("batches", waiting)]
@@ -116,12 +127,14 @@ def _batches(config: TrainingConfig, derived: Derived, *, cuda: bool) -> tuple[l
     return parts, prefetched * clip_bytes(config)
 
 
-def checkpoint_bytes(derived: Derived) -> int:
+def checkpoint_bytes(derived: Workload) -> int:
     """Of one checkpoint, on the run's storage."""
+    if not isinstance(derived, Derived):  # an evaluation's has no weights
+        return 0
     return _STATE_BYTES_PER_PARAMETER * derived.parameters
 
 
-def _saved(config: TrainingConfig, derived: Derived) -> int:
+def _saved(config: RunConfig, derived: Workload) -> int:
     """This worker's share of the state on its way to a checkpoint (`train/saver.py`)."""
     copy = checkpoint_bytes(derived) // derived.world_size
     return copy if Storage(config.run.storage_path).is_local else 2 * copy

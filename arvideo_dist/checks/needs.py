@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from arvideo_dist.checks.memory import Memory, batches_at_once, clip_bytes, memory_of
-from arvideo_dist.config.commands import TrainingConfig
+from arvideo_dist.config.commands import RunConfig
+from arvideo_dist.config.sources import loader_options
 from arvideo_dist.data.shared import SLOTS, SMALL_BYTES
-from arvideo_dist.tasks.derived import Derived
+from arvideo_dist.tasks.derived import Workload
 
 # NCCL's shared-memory segment of one connection ("Error while creating shared memory segment ... (size
 # 9637888)" in its issues 290, 342, 525) times two channels and two directions.
@@ -29,13 +30,13 @@ class Needs:
     shard_cache: int
 
 
-def needs_of(config: TrainingConfig, derived: Derived, *, cuda: bool) -> Needs:
+def needs_of(config: RunConfig, derived: Workload, *, cuda: bool) -> Needs:
     """`derived`: at the world size that is meant.
 
     Batches wait in slots of a memfd (`data/shared.py`), which the size of /dev/shm does not bound. Through
     /dev/shm go a batch that finds no slot, and index tensors too large for the pipe.
     """
-    data = config.data
+    data, options = config.data, loader_options(config.data, pin_memory=cuda)
     clips_bytes, batches = derived.micro_batch * clip_bytes(config), batches_at_once(config, derived)
     ids = [8 * derived.micro_batch * tokens for tokens in (derived.encoder_tokens, derived.decoder_queries)]
     shared_ids = sum(size for size in ids if size > SMALL_BYTES)
@@ -45,9 +46,9 @@ def needs_of(config: TrainingConfig, derived: Derived, *, cuda: bool) -> Needs:
     memory, device_memory = memory_of(config, derived, cuda=cuda)
     return Needs(
         shm=shm + (_NCCL_BYTES if cuda else 0),
-        shm_for_large_batches=batches * clips_bytes if data.workers and data.device_transforms else 0,
+        shm_for_large_batches=batches * clips_bytes if data.workers and options.device_transforms else 0,
         memory=memory,
         device_memory=device_memory,
         index=_INDEX_BYTES_PER_SAMPLE * (derived.samples or 0),
-        shard_cache=int(data.shard_cache_gib * 2**30),
+        shard_cache=int(options.shard_cache_gib * 2**30),
     )

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from arvideo_dist.checks.finding import Finding, Level
-from arvideo_dist.config.commands import TrainingConfig
-from arvideo_dist.tasks.derived import Derived
+from arvideo_dist.config.commands import RunConfig, TrainingConfig
+from arvideo_dist.tasks.derived import Derived, Workload
 
 # Floating point operations a second of one worker in dense layers, more than any reaches: a time that follows from
 # these is a lower bound.
@@ -13,9 +13,11 @@ _FASTEST_CORE = 1e11
 _FIRST_LINE_S = 1800.0
 
 
-def check_plan(derived: Derived) -> list[Finding]:
+def check_plan(derived: Workload) -> list[Finding]:
     """On the driver; of a new run and of one that goes on. `derived`: with the number of samples."""
-    findings = []
+    findings: list[Finding] = []
+    if not isinstance(derived, Derived):  # nothing is trained
+        return findings
     assert derived.samples is not None
     if derived.global_batch > derived.samples:
         findings.append(
@@ -28,8 +30,10 @@ def check_plan(derived: Derived) -> list[Finding]:
     return findings
 
 
-def check_pace(config: TrainingConfig, derived: Derived, *, cuda: bool) -> list[Finding]:
+def check_pace(config: RunConfig, derived: Workload, *, cuda: bool) -> list[Finding]:
     """On a worker, which knows its device. `derived`: at the world size that is there."""
+    if not isinstance(config, TrainingConfig) or not isinstance(derived, Derived):
+        return []
     clips = derived.global_batch * config.train.log_every_steps / derived.world_size
     fastest = _FASTEST_GPU if cuda else _FASTEST_CORE * config.cluster.cpus_per_worker
     seconds = clips * derived.gflops_per_clip * 1e9 / fastest

@@ -25,9 +25,9 @@ from arvideo_dist.checks.needs import needs_of
 from arvideo_dist.checks.network import check_clock
 from arvideo_dist.checks.plan import check_pace, check_plan
 from arvideo_dist.checks.stores import check_data, check_mlflow, check_shared, check_storage
-from arvideo_dist.config.commands import TrainingConfig
+from arvideo_dist.config.commands import RunConfig
 from arvideo_dist.storage import Storage
-from arvideo_dist.tasks.derived import Derived
+from arvideo_dist.tasks.derived import Workload
 from arvideo_dist.train.checkpoint.layout import complete_checkpoints
 from arvideo_dist.train.run import lease
 from arvideo_dist.train.run.lease import Guard
@@ -40,7 +40,7 @@ _STORAGE_BYTES = 4096
 _LOCAL = {"device", "/dev/shm", "disk", "storage shared"}
 
 
-def check_driver(config: TrainingConfig) -> None:
+def check_driver(config: RunConfig) -> None:
     """Data set, storage and tracking server from here; ValueError says what is to be mended.
 
     In this order: nothing is written for a run whose data set is not there. A fault that may pass is tried again
@@ -59,7 +59,7 @@ def check_driver(config: TrainingConfig) -> None:
         _stop_at_errors(retried(lambda: [check_mlflow(uri)], _say), run)
 
 
-def check_run(config: TrainingConfig, derived: Derived) -> None:
+def check_run(config: RunConfig, derived: Workload) -> None:
     """What the numbers of the run say here, on the driver, before Ray starts: a plan that is seldom meant, room for
     checkpoints, and, if all workers will be on this machine, what the machine has.
 
@@ -79,7 +79,7 @@ def check_run(config: TrainingConfig, derived: Derived) -> None:
     _stop_at_errors(findings, run)
 
 
-def _starts_ray_here(config: TrainingConfig) -> bool:
+def _starts_ray_here(config: RunConfig) -> bool:
     elsewhere = {"RAY_ADDRESS", "RAY_JOB_CONFIG_JSON_ENV_VAR"} & os.environ.keys()
     return config.cluster.address is None and not elsewhere
 
@@ -96,7 +96,7 @@ def _stop_at_errors(findings: Sequence[Finding], run: Storage) -> None:
 
 
 def check_workers_start(
-    config: TrainingConfig, derived: Derived, guard: Guard, control: dist.ProcessGroup
+    config: RunConfig, derived: Workload, guard: Guard, control: dist.ProcessGroup
 ) -> None:
     """Collective, on every rank at each start: this machine, the storage from here, the clocks.
 

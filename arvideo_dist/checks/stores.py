@@ -14,7 +14,8 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from arvideo_dist.checks.finding import Finding, Level, of_os_error
-from arvideo_dist.config.commands import TrainingConfig
+from arvideo_dist.config.commands import RunConfig
+from arvideo_dist.config.data import TrainDataConfig
 from arvideo_dist.config.sources import data_sets, validation_source
 from arvideo_dist.data.index import DatasetManifest, FileEntry, load_manifest, manifest_name
 from arvideo_dist.storage import Storage, shown
@@ -25,14 +26,14 @@ _NAMED = 5  # shards at fault that a message lists
 _HTTP_TIMEOUT_S = 10.0
 
 
-def scratch_folder(config: TrainingConfig) -> Storage:
+def scratch_folder(config: RunConfig) -> Storage:
     """Where a run's storage is tried: in the run's folder if there is one (its owner may be another), else above
     it, so that a look leaves no folder behind."""
     above = Storage(config.run.storage_path)
     return above.child(config.run.name) if above.exists(config.run.name) else above
 
 
-def check_storage(config: TrainingConfig, size: int) -> Finding:
+def check_storage(config: RunConfig, size: int) -> Finding:
     """Write a file of `size` bytes on the run's storage, read it back, delete it."""
     remedy = (
         f"check run.storage_path {shown(config.run.storage_path)} on this machine: that it is mounted or that the "
@@ -92,15 +93,15 @@ class Split:
     purpose: str
 
 
-def splits(config: TrainingConfig) -> list[Split]:
+def splits(config: RunConfig) -> list[Split]:
     """Raises ValueError if a path is not set or cannot be opened."""
     found = [Split(storage, split, "training") for storage, split in data_sets(config.data)]
-    if (source := validation_source(config.data)) is not None:
+    if isinstance(config.data, TrainDataConfig) and (source := validation_source(config.data)) is not None:
         found.append(Split(source.storage, source.split, "validation"))
     return found
 
 
-def check_data(config: TrainingConfig, *, share: tuple[int, int] | None = None) -> list[Finding]:
+def check_data(config: RunConfig, *, share: tuple[int, int] | None = None) -> list[Finding]:
     """Each split's manifest, its index, and shards by their sizes: a sample spread over the split, or with
     `share` (i, n) the i-th of n parts of all of them."""
     try:
@@ -111,7 +112,7 @@ def check_data(config: TrainingConfig, *, share: tuple[int, int] | None = None) 
         return [Finding("data", Level.ERROR, str(error))]
 
 
-def manifest_digests(config: TrainingConfig) -> list[str]:
+def manifest_digests(config: RunConfig) -> list[str]:
     """sha256 of each manifest's bytes: whether two machines read the same data set. Raises OSError, ValueError."""
     return [
         hashlib.sha256(split.storage.read_bytes(manifest_name(split.name))).hexdigest()

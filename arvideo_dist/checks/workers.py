@@ -35,9 +35,9 @@ from arvideo_dist.checks.stores import (
     manifest_digests,
     scratch_folder,
 )
-from arvideo_dist.config.commands import TrainingConfig
+from arvideo_dist.config.commands import RunConfig
 from arvideo_dist.storage import Storage
-from arvideo_dist.tasks.derived import Derived
+from arvideo_dist.tasks.derived import Workload
 
 _STORAGE_BYTES = 8 * 2**20
 _PLACED_WITHIN_S = 60.0  # workers that fit
@@ -49,7 +49,7 @@ class Worker:
     """One training worker's place in the cluster, as a Ray actor."""
 
     def __init__(self, config: dict[str, Any], cuda: bool) -> None:
-        self._config, self._cuda = TrainingConfig.model_validate(config), cuda
+        self._config, self._cuda = RunConfig.model_validate(config), cuda
         self._listener: network.Listener | None = None
 
     def describe(self) -> Place:
@@ -147,7 +147,7 @@ class Team:
 
 
 def check_workers(
-    config: TrainingConfig, derived: Derived, *, tracking_uri: str | None, use_gpu: bool, wait_s: float
+    config: RunConfig, derived: Workload, *, tracking_uri: str | None, use_gpu: bool, wait_s: float
 ) -> list[Finding]:
     """Everything that the workers of the run find, on the cluster that this process is connected to.
 
@@ -203,7 +203,7 @@ def check_workers(
         remove_placement_group(group)  # ends the actors
 
 
-def _alone(team: Team, config: TrainingConfig, needs: Needs, tracking_uri: str | None) -> list[Finding]:
+def _alone(team: Team, config: RunConfig, needs: Needs, tracking_uri: str | None) -> list[Finding]:
     """What each worker finds by itself."""
     findings = [
         check_versions(place.versions, versions()).at(label)
@@ -246,7 +246,7 @@ def _alone(team: Team, config: TrainingConfig, needs: Needs, tracking_uri: str |
     return findings + _clocks(team)
 
 
-def _storage(team: Team, config: TrainingConfig) -> list[Finding]:
+def _storage(team: Team, config: RunConfig) -> list[Finding]:
     name = f".preflight-{uuid.uuid4().hex}"
     try:
         folder = scratch_folder(config)
@@ -362,11 +362,11 @@ def _silent(check: str, label: str, error: Exception, within_s: float) -> Findin
     return Finding(check, Level.ERROR, message, where=label)
 
 
-def _room(config: TrainingConfig, number: int) -> Finding:
+def _room(config: RunConfig, number: int) -> Finding:
     return Finding("room", Level.OK, f"{number} workers placed, cluster.workers {config.cluster.workers}")
 
 
-def _no_room(config: TrainingConfig, fitting: int, bundle: dict[str, float]) -> Finding:
+def _no_room(config: RunConfig, fitting: int, bundle: dict[str, float]) -> Finding:
     return Finding(
         "room",
         Level.ERROR,

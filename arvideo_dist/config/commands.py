@@ -9,7 +9,8 @@ from typing import ClassVar
 
 from pydantic import Field, model_validator
 
-from arvideo_dist.config.data import DataConfig, PretrainDataConfig
+from arvideo_dist.config.data import DataConfig, PretrainDataConfig, TrainDataConfig
+from arvideo_dist.config.evaluation import EvaluateDataConfig, EvaluateRunSection, EvaluationSection
 from arvideo_dist.config.finetuning import (
     AugmentConfig,
     ClassifierConfig,
@@ -18,15 +19,17 @@ from arvideo_dist.config.finetuning import (
     FinetuneTrainConfig,
 )
 from arvideo_dist.config.model import DecoderConfig, EncoderConfig, ModelConfig
-from arvideo_dist.config.optim import OptimConfig, TrainConfig, ValidationConfig
+from arvideo_dist.config.optim import OptimConfig, TrainConfig, ValidationConfig, resolve_precision
 from arvideo_dist.config.run import ClusterConfig, RunConfigSection, TrackingConfig
-from arvideo_dist.config.section import Section
+from arvideo_dist.config.section import Section, value_at
 
 
 class RunConfig(Section):
     """What every command has that starts a run; each narrows the sections that it knows more of."""
 
     command: ClassVar[str]
+    precision_field: ClassVar[str]  # dotted
+    shortcuts: ClassVar[dict[str, str]] = {}  # of the command line: field to flag
 
     run: RunConfigSection = Field(default_factory=RunConfigSection)
     data: DataConfig = Field(default_factory=DataConfig)
@@ -34,10 +37,24 @@ class RunConfig(Section):
     cluster: ClusterConfig = Field(default_factory=ClusterConfig)
     tracking: TrackingConfig = Field(default_factory=TrackingConfig)
 
+    @property
+    def precision(self) -> str:
+        """As given: auto, bf16 or fp32."""
+        precision: str = value_at(self.model_dump(), self.precision_field)
+        return precision
+
+    def precision_on(self, device: str) -> str:
+        """What is computed in on a device of this type."""
+        return resolve_precision(self.precision, device)
+
 
 class TrainingConfig(RunConfig):
     """What every command has that trains."""
 
+    precision_field = "train.precision"
+    shortcuts: ClassVar[dict[str, str]] = {"model.init_from": "init-from"}
+
+    data: TrainDataConfig = Field(default_factory=TrainDataConfig)
     optim: OptimConfig = Field(default_factory=OptimConfig)
     train: TrainConfig = Field(default_factory=TrainConfig)
     validation: ValidationConfig = Field(default_factory=ValidationConfig)
@@ -91,4 +108,19 @@ class FinetuneConfig(TrainingConfig):
         return 2 * self.data.repeats if self.augment.mixes else 1
 
 
-ROOTS: dict[str, type[RunConfig]] = {root.command: root for root in (PretrainConfig, FinetuneConfig)}
+class EvaluateConfig(RunConfig):
+    """The evaluation of a classifier."""
+
+    command = "evaluate"
+    precision_field = "evaluation.precision"
+    shortcuts: ClassVar[dict[str, str]] = {"data.path": "data", "evaluation.views": "views"}
+
+    run: EvaluateRunSection = Field(default_factory=EvaluateRunSection)
+    data: EvaluateDataConfig = Field(default_factory=EvaluateDataConfig)
+    model: ClassifierConfig = Field(default_factory=ClassifierConfig)
+    evaluation: EvaluationSection = Field(default_factory=EvaluationSection)
+
+
+ROOTS: dict[str, type[RunConfig]] = {
+    root.command: root for root in (PretrainConfig, FinetuneConfig, EvaluateConfig)
+}

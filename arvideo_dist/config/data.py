@@ -34,12 +34,30 @@ class ClipSampling(Section):
 
 
 class DataConfig(ClipSampling):
-    """The data set and how clips are drawn from it."""
+    """A data set, how clips are drawn from it, and with what care it is read."""
 
     path: Annotated[str | None, ALTERS] = Field(
         None, description="folder or URI of a data set made by data_prep; required"
     )
-    split: Annotated[str, ALTERS] = Field("train", description="split to train on")
+    split: Annotated[str, ALTERS] = Field("train", description="split to read")
+    verify_checksums: Annotated[bool, FREE] = Field(
+        False, description="compare every video read with its sha256 in the index (2 ms a clip)"
+    )
+    read_retries: Annotated[int, FREE] = Field(
+        6, ge=0, description="repetitions of a failed read, after 1, 2, 4, ... seconds, before the run fails"
+    )
+    hung_worker_s: Annotated[float, FREE] = Field(
+        120.0, gt=0, description="seconds of decoding one sample after which its worker is replaced"
+    )
+    workers: Annotated[int, FREE] = Field(8, ge=0, description="decode processes per training worker")
+    max_bad_fraction: Annotated[float, FREE] = Field(
+        0.01, ge=0, le=1, description="share of unreadable samples past which the run stops"
+    )
+
+
+class TrainDataConfig(DataConfig):
+    """The data set to train on."""
+
     val_split: Annotated[str | None, FREE] = Field("val", description="held-out split; null: no validation")
     repeats: Annotated[PositiveInt, ALTERS] = Field(
         1,
@@ -59,12 +77,6 @@ class DataConfig(ClipSampling):
         description="colour conversion, crop and resize on the training device: less CPU per clip. Wants files "
         "of data_prep's encoding to pay; within one grey level of the CPU's result",
     )
-    verify_checksums: Annotated[bool, FREE] = Field(
-        False, description="compare every video read with its sha256 in the index (2 ms a clip)"
-    )
-    read_retries: Annotated[int, FREE] = Field(
-        6, ge=0, description="repetitions of a failed read, after 1, 2, 4, ... seconds, before the run fails"
-    )
     shard_cache_gib: Annotated[float, FREE] = Field(
         0.0,
         ge=0,
@@ -72,13 +84,6 @@ class DataConfig(ClipSampling):
     )
     shard_cache: Annotated[str | None, FREE] = Field(
         None, description="folder of the shard cache on each node; null: in the system's temporary folder"
-    )
-    hung_worker_s: Annotated[float, FREE] = Field(
-        120.0, gt=0, description="seconds of decoding one sample after which its worker is replaced"
-    )
-    workers: Annotated[int, FREE] = Field(8, ge=0, description="decode processes per training worker")
-    max_bad_fraction: Annotated[float, FREE] = Field(
-        0.01, ge=0, le=1, description="share of unreadable samples past which the run stops"
     )
 
     @model_validator(mode="after")
@@ -105,7 +110,7 @@ class MixedData(ClipSampling):
     )
 
 
-class PretrainDataConfig(DataConfig):
+class PretrainDataConfig(TrainDataConfig):
     """The data sets of a pretraining run, which may be mixed."""
 
     crop_scales: Annotated[CropScales, ALTERS] = Field(

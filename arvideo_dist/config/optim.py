@@ -58,11 +58,12 @@ class TrainConfig(Section):
         "the samples after the bad steps; stop: the run ends",
     )
 
-    def precision_on(self, device: str) -> Literal["bf16", "fp32"]:
-        """What is computed in on a device of this type; `auto` is bf16 on a GPU and fp32 on a CPU."""
-        if self.precision != "auto":
-            return self.precision
-        return "bf16" if device == "cuda" else "fp32"
+
+def resolve_precision(precision: str, device: str) -> str:
+    """What is computed in on a device of this type; `auto` is bf16 on a GPU and fp32 on a CPU."""
+    if precision != "auto":
+        return precision
+    return "bf16" if device == "cuda" else "fp32"
 
 
 class ValidationConfig(Section):

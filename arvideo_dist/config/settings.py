@@ -52,7 +52,6 @@ class _Sources(BaseSettings):
         cli_hide_none_type=True,
         cli_avoid_json=True,
         cli_use_class_docs_for_groups=True,
-        cli_shortcuts={"model.init_from": "init-from"},
     )
 
     @classmethod
@@ -82,7 +81,8 @@ def read_config(
     parser.exit_on_error = parser.allow_abbrev = False
     parser.error = _raise_config_error  # type: ignore[method-assign]
     try:
-        sources: Any = create_model(root.__name__, __base__=(root, _Sources), __doc__=root.__doc__)
+        base = type("Sources", (_Sources,), {"model_config": {"cli_shortcuts": root.shortcuts}})
+        sources: Any = create_model(root.__name__, __base__=(root, base), __doc__=root.__doc__)
         read_flags: Any = CliSettingsSource  # whose annotations ask for a class that is written out
         command_line = read_flags(sources, root_parser=parser)
         flags = parser.parse_args(argv)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
-from arvideo_dist.config.data import DataConfig, MixedData, PretrainDataConfig
+from arvideo_dist.config.data import DataConfig, MixedData, PretrainDataConfig, TrainDataConfig
 from arvideo_dist.data.index import load_manifest
 from arvideo_dist.data.loader import ClipSource, LoaderOptions
 from arvideo_dist.data.transforms import MultiScaleCrop
@@ -34,7 +35,7 @@ def pretraining_sources(data: PretrainDataConfig) -> list[ClipSource]:
     ]
 
 
-def validation_source(data: DataConfig) -> ClipSource | None:
+def validation_source(data: TrainDataConfig) -> ClipSource | None:
     """The held-out split of the first data set, if there is one: the middle of each video, centre crop."""
     if data.val_split is None:
         return None
@@ -42,28 +43,34 @@ def validation_source(data: DataConfig) -> ClipSource | None:
     return ClipSource(storage, data.val_split, data.stride, sampling=data.sampling)
 
 
-def clips_per_epoch(data: DataConfig) -> int:
-    """Places of one epoch of the run. Raises ValueError where a data set is missing."""
+def clips_per_epoch(data: TrainDataConfig) -> int:
+    """Places of one epoch of the run. Raises ValueError if a data set is missing."""
     return data.repeats * sum(load_manifest(storage, split).samples for storage, split in data_sets(data))
 
 
 def loader_options(data: DataConfig, *, pin_memory: bool) -> LoaderOptions:
+    """With what care samples are read and, if they are trained on, how they are ordered and made."""
+    read = LoaderOptions(
+        verify_checksums=data.verify_checksums,
+        read_retries=data.read_retries,
+        hung_after_seconds=data.hung_worker_s,
+        pin_memory=pin_memory,
+    )
+    if not isinstance(data, TrainDataConfig):
+        return read
     default_cache = Path(tempfile.gettempdir()) / f"arvideo-shards-{os.getuid()}"  # as with the index's cache
-    return LoaderOptions(
+    return replace(
+        read,
         repeats=data.repeats,
         repeat_windows=data.repeat_windows,
         shuffle_block_shards=data.shuffle_block_shards,
         device_transforms=data.device_transforms,
-        verify_checksums=data.verify_checksums,
-        read_retries=data.read_retries,
         shard_cache=Path(data.shard_cache or default_cache).expanduser(),
         shard_cache_gib=data.shard_cache_gib,
-        hung_after_seconds=data.hung_worker_s,
-        pin_memory=pin_memory,
     )
 
 
-def validation_options(data: DataConfig, *, pin_memory: bool) -> LoaderOptions:
+def validation_options(data: TrainDataConfig, *, pin_memory: bool) -> LoaderOptions:
     """As in training, but each sample once and in the index's order."""
     once = data.model_copy(update={"repeats": 1, "repeat_windows": False, "shuffle_block_shards": None})
     return loader_options(once, pin_memory=pin_memory)

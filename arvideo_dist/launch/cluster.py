@@ -10,10 +10,10 @@ import socket
 from collections.abc import Iterator
 
 from arvideo_dist.checks.cluster import cluster_address
-from arvideo_dist.config.commands import TrainingConfig
+from arvideo_dist.config.commands import RunConfig
 
 
-def connect(config: TrainingConfig) -> None:
+def connect(config: RunConfig) -> None:
     """Join the named or surrounding cluster, or start Ray on this machine.
 
     Workers are told which cluster theirs is. Else Ray Train asks the one that `ray start` left a note of on the
@@ -45,7 +45,7 @@ def connect(config: TrainingConfig) -> None:
 
 
 @contextlib.contextmanager
-def connected(config: TrainingConfig) -> Iterator[bool]:
+def connected(config: RunConfig) -> Iterator[bool]:
     """Within it this process is part of the cluster; gives whether the workers train on GPUs."""
     import ray
 
@@ -64,12 +64,12 @@ def _free_port(preferred: int) -> int:
     raise OSError("no port of 127.0.0.1 is free for Ray's dashboard")
 
 
-def collective_timeout_s(config: TrainingConfig) -> int:
+def collective_timeout_s(config: RunConfig) -> int:
     """When torch gives a collective up: later than the monitor, which knows who is to blame."""
     return math.ceil(2 * config.run.hung_s + 60)
 
 
-def use_gpu_of(config: TrainingConfig, resources: dict[str, float]) -> bool:
+def use_gpu_of(config: RunConfig, resources: dict[str, float]) -> bool:
     """Whether the workers train on GPUs; `resources`: the cluster's (`ray.cluster_resources`)."""
     if config.cluster.device != "auto":
         return config.cluster.device == "cuda"

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from arvideo_dist.checks.cluster import worker_resources
-from arvideo_dist.config.commands import TrainingConfig
+from arvideo_dist.config.commands import RunConfig
 from arvideo_dist.config.folder import run_folder
 from arvideo_dist.config.sources import data_sets
 from arvideo_dist.data.index import manifest_name
@@ -21,7 +21,7 @@ from arvideo_dist.launch.nodes import Room
 from arvideo_dist.launch.preemption import POLL_S, Background, Signals, stop_if_asked, wait_to_restart
 from arvideo_dist.launch.worker import work
 from arvideo_dist.storage import lasts, patiently, shown
-from arvideo_dist.tasks.derived import Derived
+from arvideo_dist.tasks.derived import Workload
 from arvideo_dist.train.checkpoint import seen
 from arvideo_dist.train.checkpoint.layout import FOLDER, checkpoint_name, newest_step
 from arvideo_dist.train.run.lease import Lease
@@ -46,7 +46,7 @@ class Finished:
     mlflow_run_id: str
 
 
-def launch(config: TrainingConfig, derived: Derived, lease: Lease, signals: Signals) -> Finished:
+def launch(config: RunConfig, derived: Workload, lease: Lease, signals: Signals) -> Finished:
     """Run the training on Ray under `lease` and return when it has ended.
 
     Raises RunStoppedError if the run stopped itself, RunInterruptedError if a signal asked it to end,
@@ -79,7 +79,7 @@ def launch(config: TrainingConfig, derived: Derived, lease: Lease, signals: Sign
     )
 
 
-def _close(config: TrainingConfig, run_id: str, status: str, lease: Lease) -> None:
+def _close(config: RunConfig, run_id: str, status: str, lease: Lease) -> None:
     """Set the status in MLflow, unless another driver has the run: then it is that one's to set."""
     from arvideo_dist.train.tracking import outbox
     from arvideo_dist.train.tracking import runs as tracking
@@ -98,7 +98,7 @@ def _close(config: TrainingConfig, run_id: str, status: str, lease: Lease) -> No
         outbox.say_unsent(lease.guard.storage())
 
 
-def _fit(config: TrainingConfig, derived: Derived, uri: str, run_id: str, lease: Lease) -> None:
+def _fit(config: RunConfig, derived: Workload, uri: str, run_id: str, lease: Lease) -> None:
     """One set of workers after another until the run has ended.
 
     Ray Train restarts none of them. What is lost starts again here, since only a checkpoint tells progress from a
@@ -181,7 +181,7 @@ def _hear_of_checkpoints(uri: str, run_id: str, lease: Lease) -> None:
     lease.saw(tracking.newest_checkpoint_of(uri, run_id, seen.CHECKPOINT_TAG))
 
 
-def _newest_once_stores_answer(config: TrainingConfig, lease: Lease) -> str | None:
+def _newest_once_stores_answer(config: RunConfig, lease: Lease) -> str | None:
     """The name of the newest complete checkpoint of a run that is still ours; waits for a store of run or data that
     is away, or that shows less than was seen there, since new workers would need it too.
 
@@ -211,7 +211,7 @@ def _newest_once_stores_answer(config: TrainingConfig, lease: Lease) -> str | No
 
 
 def _fit_once(
-    config: TrainingConfig,
+    config: RunConfig,
     payload: dict[str, Any],
     lease: Lease,
     hangs: HangWatch,

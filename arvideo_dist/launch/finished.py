@@ -5,18 +5,17 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from arvideo_dist.config.commands import TrainingConfig
+from arvideo_dist.config.commands import RunConfig, TrainingConfig
 from arvideo_dist.config.folder import run_folder
 from arvideo_dist.launch.driver import Finished
-from arvideo_dist.launch.start import check_resume, derive_checked
+from arvideo_dist.launch.start import check_resume, derive_checked, planned_places
 from arvideo_dist.storage import Storage, shown
 from arvideo_dist.train.checkpoint.layout import FOLDER
-from arvideo_dist.train.engine.schedule import plan_of
 from arvideo_dist.train.run.lease import acquire
 from arvideo_dist.train.run.stop import RESULT
 
 
-def already_finished(config: TrainingConfig) -> Finished | None:
+def already_finished(config: RunConfig) -> Finished | None:
     """What the run left, if it has ended under this configuration; None if something is left to do.
 
     Starts no Ray and changes nothing, unless MLflow lacks something of the run: then that is sent. Raises
@@ -36,11 +35,14 @@ def already_finished(config: TrainingConfig) -> Finished | None:
     # A run that was made longer keeps the result of its first end until it comes to the next.
     if result.get("step", state["step"]) != state["step"]:
         return None
-    if state["position"] < plan_of(config, derive_checked(config), state).total_places:
+    if state["position"] < planned_places(config, derive_checked(config), state):
         return None
+    more = ""
+    if isinstance(config, TrainingConfig):
+        more = ". For more, raise train.epochs or train.steps and name it in --run.allow_change"
     print(
-        f"run {config.run.name} is finished: step {state['step']} was its last, nothing is left to train. For "
-        "more, raise train.epochs or train.steps and name it in --run.allow_change",
+        f"run {config.run.name} is finished: step {state['step']} was its last, nothing is left to "
+        f"{'train' if more else 'evaluate'}{more}",
         flush=True,
     )
     return Finished(
@@ -51,7 +53,7 @@ def already_finished(config: TrainingConfig) -> Finished | None:
     )
 
 
-def _settle_mlflow(config: TrainingConfig, run: Storage) -> str:
+def _settle_mlflow(config: RunConfig, run: Storage) -> str:
     """Send what MLflow has not got and set the status that it did not take; the id of its run."""
     from arvideo_dist.train.tracking import outbox
     from arvideo_dist.train.tracking import runs as tracking

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from arvideo_dist.checks.cluster import cluster_address, free_places, most_places, worker_resources
-from arvideo_dist.config.commands import TrainingConfig
+from arvideo_dist.config.commands import RunConfig
 
 # What a set of workers leaves is free again within a second: fewer workers than could be are not started sooner.
 _SETTLED_S = 3.0
@@ -32,7 +32,7 @@ _EXPIRES_S, _AGAIN_S = 180.0, 20.0
 _CANCEL_S = 3.0
 
 
-def check_own_ray(config: TrainingConfig) -> None:
+def check_own_ray(config: RunConfig) -> None:
     """Where Ray is started on this machine, which no node will ever join, it has the GPUs that the run wants.
 
     ValueError says what to change. CPUs are no question: as many slots are made as are asked for.
@@ -54,7 +54,7 @@ def check_own_ray(config: TrainingConfig) -> None:
 class Room:
     """The cluster as a run uses it. Within its block it may ask an autoscaler for nodes; then no longer."""
 
-    def __init__(self, config: TrainingConfig, use_gpu: bool, name: str) -> None:
+    def __init__(self, config: RunConfig, use_gpu: bool, name: str) -> None:
         """`name`: unlike that of any other driver of the cluster."""
         self.bundle = worker_resources(config, use_gpu)
         self._fewest, self._most = config.cluster.min_workers, config.cluster.max_workers

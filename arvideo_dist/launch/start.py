@@ -3,32 +3,53 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
+from typing import Any, overload
 
 from pydantic import ValidationError
 
-from arvideo_dist.config.commands import TrainingConfig
+from arvideo_dist.config.commands import EvaluateConfig, RunConfig, TrainingConfig
 from arvideo_dist.config.data import PretrainDataConfig
 from arvideo_dist.config.folder import run_folder
 from arvideo_dist.config.settings import Root
 from arvideo_dist.config.sources import clips_per_epoch, data_sets
 from arvideo_dist.data.index import load_manifest
 from arvideo_dist.storage import Storage
-from arvideo_dist.tasks.derived import Derived, derive
+from arvideo_dist.tasks.derived import Derived, Evaluated, Workload, derive, derive_evaluation
 from arvideo_dist.tasks.kinds import task_of
 from arvideo_dist.train.checkpoint import seen
 from arvideo_dist.train.checkpoint.layout import complete_checkpoints
 from arvideo_dist.train.checkpoint.manifest import CheckpointError
 from arvideo_dist.train.checkpoint.reader import Checkpoint
+from arvideo_dist.train.engine.schedule import plan_of
 from arvideo_dist.train.run import changes
 from arvideo_dist.train.trained import read_weights
 
 
-def derive_checked(config: TrainingConfig) -> Derived:
+@overload
+def derive_checked(config: TrainingConfig) -> Derived: ...
+@overload
+def derive_checked(config: RunConfig) -> Workload: ...
+def derive_checked(config: RunConfig) -> Workload:
     """The derived numbers of a run whose data set exists; ValueError says what is missing and where to set it."""
+    if isinstance(config, EvaluateConfig):
+        ((storage, split),) = data_sets(config.data)
+        return derive_evaluation(config, load_manifest(storage, split).samples)
+    assert isinstance(config, TrainingConfig)
     clips = clips_per_epoch(config.data)
     if config.data.val_split is not None:
         load_manifest(data_sets(config.data)[0][0], config.data.val_split)
     return derive(config, clips)
+
+
+def planned_places(config: RunConfig, derived: Workload, state: Mapping[str, Any] | None) -> int:
+    """Places of the whole run that goes on from a checkpoint's `state`, or begins (None)."""
+    if isinstance(derived, Evaluated):
+        assert derived.total_places is not None
+        return derived.total_places
+    assert isinstance(config, TrainingConfig)
+    assert isinstance(derived, Derived)
+    return plan_of(config, derived, state).total_places
 
 
 def with_absolute_paths(config: Root) -> Root:
@@ -55,17 +76,18 @@ def with_absolute_paths(config: Root) -> Root:
     return config.model_copy(update={"run": run, "data": data, "model": model})
 
 
-def check_initial_weights(config: TrainingConfig) -> None:
+def check_initial_weights(config: RunConfig) -> None:
     """Read `model.init_from` once, so that weights of another encoder stop the command and not the workers.
 
     A run that has a checkpoint goes on from that and does not need them.
     """
-    if config.model.init_from is not None and not complete_checkpoints(run_folder(config)):
+    new = not complete_checkpoints(run_folder(config))
+    if isinstance(config, TrainingConfig) and config.model.init_from is not None and new:
         task = task_of(config)
         task.start_from(task.build(), read_weights)
 
 
-def check_resume(config: TrainingConfig) -> Checkpoint | None:
+def check_resume(config: RunConfig) -> Checkpoint | None:
     """The checkpoint that the run goes on from; ValueError for what `run.resume` and `run.allow_change` refuse."""
     changes.check_allowed_names(config)
     run = run_folder(config)
@@ -91,14 +113,14 @@ def check_resume(config: TrainingConfig) -> Checkpoint | None:
     return None
 
 
-def _precision_if_known(config: TrainingConfig) -> str | None:
+def _precision_if_known(config: RunConfig) -> str | None:
     """What the workers will compute in, where the cluster's kind does not decide it."""
-    if config.cluster.device == "auto" and config.train.precision == "auto":
+    if config.cluster.device == "auto" and config.precision == "auto":
         return None
-    return config.train.precision_on(config.cluster.device)
+    return config.precision_on(config.cluster.device)
 
 
-def wait_for_checkpoints(config: TrainingConfig) -> int:
+def wait_for_checkpoints(config: RunConfig) -> int:
     """Wait, before anything is written, for a store that shows less of this run than its lease or MLflow tells.
 
     Returns and raises what `seen.wait_until_seen_again` does.

@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from arvideo_dist.config.commands import ROOTS, TrainingConfig
+from arvideo_dist.config.commands import ROOTS, EvaluateConfig, RunConfig
 from arvideo_dist.launch.cluster import collective_timeout_s
 from arvideo_dist.storage import Storage
-from arvideo_dist.tasks.derived import Derived
+from arvideo_dist.tasks.derived import Derived, Evaluated
+from arvideo_dist.train.assignment import Assignment
 from arvideo_dist.train.checkpoint import seen
 from arvideo_dist.train.health.activity import activity
 from arvideo_dist.train.health.heartbeat import Heartbeat
@@ -38,20 +39,21 @@ def work(payload: dict[str, Any]) -> Interruption | Stopped | None:
         print(f"{dist.get_world_size()} workers have started", flush=True)
     with heartbeat(payload["monitor"], guard.storage(), config.run.hung_s, payload["workers"]):
         try:
-            return _train(config, payload)
+            return _work(config, payload)
         except RunStoppedError as error:  # returning is what keeps the driver from a restart
             return Stopped.because(error)
 
 
-def _train(config: TrainingConfig, payload: dict[str, Any]) -> Interruption | None:
+def _work(config: RunConfig, payload: dict[str, Any]) -> Interruption | None:
     import torch.distributed as dist
     from ray.train.torch import get_device
 
     activity.alone("imports libraries")
     from arvideo_dist.checks.start import check_workers_start
-    from arvideo_dist.train.compose import Assignment, train
+    from arvideo_dist.train.compose import train
     from arvideo_dist.train.health.pulse import Pulse
     from arvideo_dist.train.run.watch import Watch
+    from arvideo_dist.train.scoring import score
 
     warnings.filterwarnings(
         "ignore", category=FutureWarning, module=r"torch\.distributed"
@@ -60,9 +62,11 @@ def _train(config: TrainingConfig, payload: dict[str, Any]) -> Interruption | No
     activity.together("connects to the other ranks")
     timeout = datetime.timedelta(seconds=collective_timeout_s(config))
     control = dist.new_group(backend="gloo", timeout=timeout)
-    assignment = Assignment(
+    evaluates = isinstance(config, EvaluateConfig)
+    numbers: Any = Evaluated if evaluates else Derived
+    assignment: Any = Assignment(
         config=config,
-        derived=Derived(**payload["derived"]),
+        derived=numbers(**payload["derived"]),
         tracking_uri=payload["tracking_uri"],
         mlflow_run_id=payload["mlflow_run_id"],
         lease=payload["lease"],
@@ -85,7 +89,7 @@ def _train(config: TrainingConfig, payload: dict[str, Any]) -> Interruption | No
         to_mlflow = Tracker(assignment.tracking_uri, assignment.mlflow_run_id, assignment.lease.check)
         tracker = QueuedTracker(to_mlflow, assignment.lease.storage())
     with pulse, tracker as queue:
-        return train(assignment, device, control, watch, queue)
+        return (score if evaluates else train)(assignment, device, control, watch, queue)
 
 
 def heartbeat(monitor: Any, run: Storage, hung_s: float, workers: str) -> Heartbeat:

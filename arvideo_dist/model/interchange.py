@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from arvideo_dist.config.model import EncoderConfig
-from arvideo_dist.model.layouts import load_encoder, to_encoder, to_transformers
+from arvideo_dist.model.layouts import load_encoder, to_classifier, to_encoder, to_transformers
 from arvideo_dist.model.pretraining import IMAGENET_MEAN, IMAGENET_STD
 from arvideo_dist.model.vit import ENCODER_SIZES, NORM_EPS, Encoder
 from arvideo_dist.storage import Storage, shown
@@ -75,6 +75,18 @@ def read_encoder(source: str) -> dict[str, torch.Tensor]:
     """
     try:
         return to_encoder(_read(source))
+    except (OSError, SafetensorError, RuntimeError) as error:
+        raise ValueError(str(error)) from error
+
+
+def read_classifier_weights(source: str) -> dict[str, torch.Tensor]:
+    """A classifier's weights at `source` (as for `read_encoder`) by the names of `model.classifier.Classifier`.
+
+    Raises ValueError if there are none.
+    """
+    try:
+        weights = _read(source)
+        return to_classifier(weights)
     except (OSError, SafetensorError, RuntimeError) as error:
         raise ValueError(str(error)) from error
 

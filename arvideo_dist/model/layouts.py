@@ -75,6 +75,23 @@ def to_encoder(weights: Weights) -> dict[str, torch.Tensor]:
     )
 
 
+def to_classifier(weights: Weights) -> dict[str, torch.Tensor]:
+    """A classifier's weights in either layout, by the names of `model.classifier.Classifier`.
+
+    Raises ValueError if there is no head.
+    """
+    found = {
+        f"encoder.{name}": value for name, value in to_encoder(weights).items() if name not in _FINAL_NORM
+    }
+    for ours, theirs in (("fc_norm", ("fc_norm",)), ("head", ("classifier", "head"))):
+        for kind in ("weight", "bias"):
+            names = [f"{name}.{kind}" for name in theirs if f"{name}.{kind}" in weights]
+            if not names:
+                raise ValueError(f"it holds no classifier: there is no {theirs[0]}.{kind}")
+            found[f"{ours}.{kind}"] = weights[names[0]]
+    return found
+
+
 def _from_transformers(weights: Weights) -> dict[str, torch.Tensor]:
     ours = {theirs: name for name, theirs in _IN_BLOCK.items()}
     renamed: dict[str, torch.Tensor] = {}

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from arvideo_dist.config.commands import FinetuneConfig
+from arvideo_dist.config.finetuning import ClassifierConfig
 from arvideo_dist.config.sources import data_sets, validation_source
 from arvideo_dist.data.augment import Augmentation, ClipDraws, ResizedCrop, draw_clip
 from arvideo_dist.data.index import DatasetIndex, SampleRow, load_manifest
@@ -109,16 +110,7 @@ class Classification(Task[FinetuneConfig]):
         )
 
     def build(self) -> Classifier:
-        model = self.config.model
-        return Classifier(
-            ENCODER_SIZES[model.encoder],
-            model.tubelet,
-            int(np.prod(model.token_grid)),
-            self.classes(),
-            drop_path=model.drop_path,
-            head_dropout=model.head_dropout,
-            head_init_scale=model.head_init_scale,
-        )
+        return build_classifier(self.config.model, self.classes())
 
     def start_from(self, module: nn.Module, read: ReadWeights) -> str:
         return fill_encoder(cast(Classifier, module).encoder, self.config.model.init_from, read)
@@ -218,6 +210,19 @@ class Classification(Task[FinetuneConfig]):
             f"top-1 {metrics['accuracy/top1']:.2%}, top-5 {metrics['accuracy/top5']:.2%} of one view a video "
             f"({self.classes()} classes), loss {metrics['loss/val']:.4f}"
         )
+
+
+def build_classifier(model: ClassifierConfig, classes: int) -> Classifier:
+    """With fresh weights."""
+    return Classifier(
+        ENCODER_SIZES[model.encoder],
+        model.tubelet,
+        int(np.prod(model.token_grid)),
+        classes,
+        drop_path=model.drop_path,
+        head_dropout=model.head_dropout,
+        head_init_scale=model.head_init_scale,
+    )
 
 
 def check_labels(indexes: Sequence[DatasetIndex], classes: int) -> None:

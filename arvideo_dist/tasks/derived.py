@@ -2,35 +2,59 @@
 
 from __future__ import annotations
 
+import math
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
+from typing import Self
 
-from arvideo_dist.config.commands import TrainingConfig
+import torch
+
+from arvideo_dist.config.commands import EvaluateConfig, TrainingConfig
 from arvideo_dist.data.order import accumulation_steps
+from arvideo_dist.data.views import Views
+from arvideo_dist.model.vit import ENCODER_SIZES
+from arvideo_dist.tasks.activations import classifier_activation_bytes
+from arvideo_dist.tasks.classification import build_classifier
+from arvideo_dist.tasks.flops import classifier_flops, embedding_flops
 from arvideo_dist.tasks.kinds import task_of
 
 
 @dataclass(frozen=True)
-class Derived:
-    """Printed at start, logged with the run, and given as JSON by `--dry-run`."""
+class Workload(ABC):
+    """What one worker holds and computes."""
 
-    clusters: int | None  # None for a method without clusters
-    kept_tokens_per_cluster: int | None
     encoder_tokens: int
     decoder_queries: int
     parameters: int
-    gflops_per_clip: float  # forward and backward
-    activation_mb_per_clip: float  # kept for the backward pass, 1e6 bytes in fp32; bf16 autocast keeps less
+    gflops_per_clip: float  # forward and, in training, backward
+    activation_mb_per_clip: float  # kept at a time, 1e6 bytes in fp32; bf16 autocast keeps less
     activation_mb_per_pass: float  # besides, however many clips a micro batch has
-    global_batch: int
     world_size: int  # with cluster.workers [min,max]: max, until the workers know how many they are
     micro_batch: int
     accumulation_steps: int
+    samples: int | None  # of the split; None in a dry run without a data set
+
+    @abstractmethod
+    def at_world_size(self, world_size: int) -> Self:
+        """The same on `world_size` workers."""
+
+    @abstractmethod
+    def batch_line(self) -> str:
+        """How a step's clips are made, for the terminal."""
+
+
+@dataclass(frozen=True)
+class Derived(Workload):
+    """Of a training run. Printed at start, logged with the run, and given as JSON by `--dry-run`."""
+
+    clusters: int | None  # None for a method without clusters
+    kept_tokens_per_cluster: int | None
+    global_batch: int
     padding_per_step: (
         int  # places of weight 0 where world size x micro batch does not divide the global batch
     )
     peak_lr: float
     min_lr: float
-    samples: int | None  # of the training split; None in a dry run without a data set
     total_steps: int | None
     warmup_steps: float | None
 
@@ -39,7 +63,7 @@ class Derived:
         """Places of the sample sequence that the run is planned for."""
         return None if self.total_steps is None else self.total_steps * self.global_batch
 
-    def at_world_size(self, world_size: int) -> Derived:
+    def at_world_size(self, world_size: int) -> Self:
         """The same run on `world_size` workers: the global batch stays, accumulation and padding follow."""
         steps = accumulation_steps(self.global_batch, self.micro_batch, world_size)
         return replace(
@@ -57,8 +81,49 @@ class Derived:
         )
 
 
+@dataclass(frozen=True)
+class Evaluated(Workload):
+    """Of an evaluation. Printed at start, logged with it, and given as JSON by `--dry-run`."""
+
+    views: int  # of each video
+    total_places: int | None  # pairs of video and view
+
+    def at_world_size(self, world_size: int) -> Self:
+        return replace(self, world_size=world_size)
+
+    def batch_line(self) -> str:
+        """How the views are computed, for the terminal."""
+        videos = self.micro_batch // self.views
+        return f"batch: {videos} videos x {self.views} views on each of {self.world_size} workers"
+
+
+def derive_evaluation(config: EvaluateConfig, samples: int | None) -> Evaluated:
+    """Numbers of an evaluation of `samples` videos."""
+    model, views = config.model, len(Views.parse(config.evaluation.views))
+    assert model.classes is not None, "the classifier says how many"
+    size = ENCODER_SIZES[model.encoder]
+    with torch.device("meta"):
+        parameters = sum(p.numel() for p in build_classifier(model, model.classes).parameters())
+    forward = (classifier_flops(model, model.classes) + embedding_flops(model)) / 3
+    return Evaluated(
+        encoder_tokens=math.prod(model.token_grid),
+        decoder_queries=0,
+        parameters=parameters,
+        gflops_per_clip=forward / 1e9,
+        # Nothing is kept for a backward pass: what a block takes, and what goes in and out of it.
+        activation_mb_per_clip=2 * classifier_activation_bytes(model) / size.depth / 1e6,
+        activation_mb_per_pass=0.0,
+        world_size=config.cluster.max_workers,
+        micro_batch=views * config.evaluation.videos_per_batch,
+        accumulation_steps=1,
+        samples=samples,
+        views=views,
+        total_places=None if samples is None else samples * views,
+    )
+
+
 def derive(config: TrainingConfig, samples: int | None) -> Derived:
-    """Numbers of a run over `samples` training samples; ValueError if they contradict each other."""
+    """Numbers of a training run over `samples` training samples; ValueError if they contradict each other."""
     costs = task_of(config).costs()
     train, world_size = config.train, config.cluster.max_workers
     accumulation = accumulation_steps(train.global_batch, train.micro_batch, world_size)

@@ -43,10 +43,16 @@ def _cross_attention_block_flops(n: int, m: int, w: int, self_attention: bool) -
 
 def classifier_flops(model: EncoderConfig, classes: int) -> int:
     """FLOP of one clip's step of fine-tuning, forward and backward: the encoder over all tokens and the head."""
-    n, d, depth, _ = math.prod(model.token_grid), *ENCODER_SIZES[model.encoder]
-    embed = 2 * n * 3 * math.prod(model.tubelet) * d
+    n, (d, depth, _) = math.prod(model.token_grid), ENCODER_SIZES[model.encoder]
+    embed = embedding_flops(model)
     encoder = depth * (2 * n * 12 * d * d + 4 * n * n * d)
     return 3 * (embed + encoder + 2 * d * classes) - embed
+
+
+def embedding_flops(model: EncoderConfig) -> int:
+    """Forward, of embedding all tokens of a clip."""
+    width = ENCODER_SIZES[model.encoder].width
+    return 2 * math.prod(model.token_grid) * 3 * math.prod(model.tubelet) * width
 
 
 def parameter_count(model: ModelConfig, decoder: DecoderConfig) -> int:

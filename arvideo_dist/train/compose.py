@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,6 +20,7 @@ from arvideo_dist.tasks.derived import Derived
 from arvideo_dist.tasks.kinds import task_of
 from arvideo_dist.tasks.task import Task
 from arvideo_dist.train.agreement import agree_on_data
+from arvideo_dist.train.assignment import Assignment
 from arvideo_dist.train.checkpoint.manifest import versions
 from arvideo_dist.train.checkpoint.reader import Checkpoint, open_newest_whole
 from arvideo_dist.train.checkpoint.saver import FAILED_TAG, Saver
@@ -32,7 +33,6 @@ from arvideo_dist.train.loop import Training
 from arvideo_dist.train.parts import Parts, State
 from arvideo_dist.train.record import Recorder
 from arvideo_dist.train.run import changes
-from arvideo_dist.train.run.lease import Guard
 from arvideo_dist.train.run.stop import RESULT, Interruption, RunStoppedError
 from arvideo_dist.train.run.watch import Watch
 from arvideo_dist.train.samples.audit import Audit
@@ -45,20 +45,8 @@ if TYPE_CHECKING:
     from arvideo_dist.train.tracking.outbox import QueuedTracker  # imports MLflow, which only rank 0 needs
 
 
-@dataclass(frozen=True)
-class Assignment:
-    """What the driver gives to every worker."""
-
-    config: TrainingConfig
-    derived: Derived
-    tracking_uri: str
-    mlflow_run_id: str
-    lease: Guard
-    seen: int = 0  # the newest step of which anybody saw a checkpoint of the run
-
-
 def train(
-    assignment: Assignment,
+    assignment: Assignment[TrainingConfig, Derived],
     device: torch.device,
     control: dist.ProcessGroup,
     watch: Watch,
@@ -88,7 +76,7 @@ def train(
 
 
 def compose(
-    assignment: Assignment,
+    assignment: Assignment[TrainingConfig, Derived],
     device: torch.device,
     control: dist.ProcessGroup,
     watch: Watch,
@@ -101,7 +89,7 @@ def compose(
     activity.alone("builds the model")
     torch.manual_seed(config.run.seed)
     module = task.build()
-    digests, precision = changes.data_digests(config.data), config.train.precision_on(device.type)
+    digests, precision = changes.data_digests(config.data), config.precision_on(device.type)
     activity.together("compares its data with the other ranks")
     agree_on_data(digests, precision, control)
     start, origin = _start(assignment, task, module, digests, precision, control, say)
@@ -166,7 +154,7 @@ def compose(
 
 
 def _start(
-    assignment: Assignment,
+    assignment: Assignment[TrainingConfig, Derived],
     task: Task[Any],
     module: nn.Module,
     digests: list[str],

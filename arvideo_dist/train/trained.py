@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from arvideo_dist.config.commands import ROOTS, PretrainConfig, TrainingConfig
+from arvideo_dist.config.commands import ROOTS, FinetuneConfig, PretrainConfig, TrainingConfig
+from arvideo_dist.config.finetuning import ClassifierConfig
 from arvideo_dist.config.model import DecoderConfig
-from arvideo_dist.model.interchange import WEIGHTS_ENDINGS, read_encoder
+from arvideo_dist.model.interchange import WEIGHTS_ENDINGS, read_classifier_weights, read_encoder
 from arvideo_dist.model.kinds import build_model
 from arvideo_dist.model.pretraining import PretrainingModel
 from arvideo_dist.model.vit import ENCODER_SIZES, Encoder
@@ -41,6 +42,14 @@ class Trained:
         config = self.config
         if not isinstance(config, PretrainConfig):
             raise ValueError(f"{self.checkpoint} is of a run of {config.command}; give one of pretrain")
+        return config
+
+    @property
+    def finetuning(self) -> FinetuneConfig:
+        """The same of a fine-tuning run; ValueError if it is none."""
+        config = self.config
+        if not isinstance(config, FinetuneConfig):
+            raise ValueError(f"{self.checkpoint} is of a run of {config.command}; give one of finetune")
         return config
 
     @property
@@ -94,6 +103,35 @@ def read_weights(source: str) -> dict[str, torch.Tensor]:
     return {
         name.removeprefix("encoder."): value for name, value in weights.items() if name.startswith("encoder.")
     }
+
+
+def read_classifier(source: str) -> dict[str, torch.Tensor]:
+    """All weights of the classifier at `source`, by the names of `model.classifier.Classifier`.
+
+    `source`: a run of finetune, one of its checkpoints, or a VideoMAEForVideoClassification folder. Raises
+    ValueError if it is none, CheckpointError if a checkpoint is damaged.
+    """
+    if is_file_or_folder_of_weights(source):
+        return read_classifier_weights(source)
+    trained = open_trained(source)
+    trained.finetuning  # noqa: B018  # raises if it is of another task
+    return trained.load_module().state_dict()
+
+
+def classifier_of(source: str) -> tuple[ClassifierConfig, FinetuneConfig | None]:
+    """The configuration of the classifier at `source` (see `read_classifier`), and that of the run it is from."""
+    if not is_file_or_folder_of_weights(source):
+        config = open_state(source).finetuning
+        return config.model, config
+    found = geometry_of(source)
+    folder = Storage(source)
+    content = json.loads(folder.read_bytes("config.json")) if found else {}
+    if content.get("architectures") != ["VideoMAEForVideoClassification"] or "encoder" not in found:
+        raise ValueError(
+            f"{source} holds no classifier: give a run of finetune, one of its checkpoints, or a folder of "
+            "transformers' VideoMAEForVideoClassification in one of the sizes of model.encoder"
+        )
+    return ClassifierConfig(**found, classes=len(content["id2label"])), None
 
 
 def geometry_of(source: str) -> dict[str, Any]:

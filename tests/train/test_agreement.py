@@ -16,7 +16,8 @@ from arvideo_dist.config.commands import PretrainConfig
 from arvideo_dist.config.folder import run_folder
 from arvideo_dist.launch.start import derive_checked
 from arvideo_dist.model.vit import ENCODER_SIZES, EncoderSize
-from arvideo_dist.train.compose import Assignment, train
+from arvideo_dist.train.assignment import Assignment
+from arvideo_dist.train.compose import train
 from arvideo_dist.train.run.lease import acquire
 from arvideo_dist.train.run.stop import RunStoppedError
 from arvideo_dist.train.run.watch import Watch

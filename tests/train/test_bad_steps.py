@@ -28,11 +28,12 @@ from arvideo_dist.config.optim import OptimConfig, TrainConfig
 from arvideo_dist.launch.start import derive_checked
 from arvideo_dist.model.vit import ENCODER_SIZES, EncoderSize
 from arvideo_dist.storage import Storage
+from arvideo_dist.train.assignment import Assignment
 from arvideo_dist.train.checkpoint.layout import FOLDER, complete_checkpoints
 from arvideo_dist.train.checkpoint.reader import Checkpoint
 from arvideo_dist.train.checkpoint.retention import weights_step
 from arvideo_dist.train.checkpoint.seen import CHECKPOINT_TAG
-from arvideo_dist.train.compose import Assignment, train
+from arvideo_dist.train.compose import train
 from arvideo_dist.train.engine import zero_state
 from arvideo_dist.train.engine.engine import Engine
 from arvideo_dist.train.run.lease import Guard, acquire

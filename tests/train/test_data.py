@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from pydantic import ValidationError
 
-from arvideo_dist.config.data import DataConfig, PretrainDataConfig
+from arvideo_dist.config.data import PretrainDataConfig, TrainDataConfig
 from arvideo_dist.config.sources import (
     clips_per_epoch,
     loader_options,
@@ -68,7 +68,7 @@ def test_each_data_set_is_sampled_as_the_configuration_says(two_sets: PretrainDa
 
 def test_a_stride_with_segments_is_refused() -> None:
     with pytest.raises(ValidationError, match="stride 2 has no meaning with sampling segments"):
-        DataConfig.model_validate({"sampling": "segments", "stride": 2})
+        TrainDataConfig.model_validate({"sampling": "segments", "stride": 2})
     with pytest.raises(ValidationError, match="leave stride unset, or set sampling to window"):
         PretrainDataConfig.model_validate({"mixture": [{"path": "x", "sampling": "segments", "stride": 2}]})
 
@@ -89,7 +89,7 @@ def test_a_missing_data_set_of_a_mixture_is_named(two_sets: PretrainDataConfig, 
 
 
 def test_settings_of_reading_and_decoding_are_the_loaders_options() -> None:
-    data = DataConfig(
+    data = TrainDataConfig(
         repeats=3, repeat_windows=True, shuffle_block_shards=4, device_transforms=True, verify_checksums=True,
         read_retries=2, shard_cache_gib=1.5, shard_cache="/cache", hung_worker_s=7.0,
     )  # fmt: skip
@@ -101,7 +101,7 @@ def test_settings_of_reading_and_decoding_are_the_loaders_options() -> None:
 
 
 def test_validation_reads_as_training_does_but_each_sample_once_in_order() -> None:
-    data = DataConfig(
+    data = TrainDataConfig(
         path="/data", sampling="segments", repeats=3, repeat_windows=True, shuffle_block_shards=4,
         device_transforms=True, verify_checksums=True, read_retries=2, shard_cache_gib=1.5, hung_worker_s=7.0,
     )  # fmt: skip
@@ -115,4 +115,4 @@ def test_validation_reads_as_training_does_but_each_sample_once_in_order() -> No
 
 def test_a_shard_cache_under_a_full_shuffle_is_refused() -> None:
     with pytest.raises(ValidationError, match="set shuffle_block_shards to how many shards fit"):
-        DataConfig(shard_cache_gib=10)
+        TrainDataConfig(shard_cache_gib=10)

@@ -24,9 +24,10 @@ from arvideo_dist.config.folder import run_folder
 from arvideo_dist.launch.start import derive_checked
 from arvideo_dist.model.vit import ENCODER_SIZES, EncoderSize
 from arvideo_dist.storage import Storage
+from arvideo_dist.train.assignment import Assignment
 from arvideo_dist.train.checkpoint.layout import complete_checkpoints
 from arvideo_dist.train.checkpoint.reader import Checkpoint
-from arvideo_dist.train.compose import Assignment, train
+from arvideo_dist.train.compose import train
 from arvideo_dist.train.engine.engine import Engine
 from arvideo_dist.train.engine.schedule import learning_rate, plan_of
 from arvideo_dist.train.run.lease import Guard, acquire

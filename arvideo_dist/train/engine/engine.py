@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from arvideo_dist.config.optim import OptimConfig, TrainConfig
+from arvideo_dist.config.optim import OptimConfig, TrainConfig, resolve_precision
 from arvideo_dist.train.health.activity import activity
 
 if TYPE_CHECKING:  # the loader wants packages that a bare GPU machine does not have (benchmarks/gpu_check.py)
@@ -177,6 +177,6 @@ def _deepspeed_config(
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 2**31,  # the loop prints progress itself
     }
-    if train.precision_on(device.type) == "bf16":
+    if resolve_precision(train.precision, device.type) == "bf16":
         config["torch_autocast"] = {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []}
     return config

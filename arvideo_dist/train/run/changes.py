@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from arvideo_dist.config.commands import TrainingConfig
+from arvideo_dist.config.commands import RunConfig, TrainingConfig
 from arvideo_dist.config.data import DataConfig
 from arvideo_dist.config.section import OnResume, fields_on_resume, value_at
 from arvideo_dist.config.sources import data_sets
@@ -18,7 +18,7 @@ def data_digests(data: DataConfig) -> list[str]:
     return [load_manifest(storage, split).index.sha256 for storage, split in data_sets(data)]
 
 
-def check_allowed_names(config: TrainingConfig) -> None:
+def check_allowed_names(config: RunConfig) -> None:
     """ValueError if `run.allow_change` names what is no field, or a field that needs no leave."""
     fields = fields_on_resume(type(config))
     altering = sorted(name for name, change in fields.items() if change is not OnResume.FREE)
@@ -32,7 +32,7 @@ def check_allowed_names(config: TrainingConfig) -> None:
 
 
 def refuse_changes(
-    state: dict[str, Any], config: TrainingConfig, digests: list[str], precision: str | None, checkpoint: str
+    state: dict[str, Any], config: RunConfig, digests: list[str], precision: str | None, checkpoint: str
 ) -> list[str]:
     """Compare `config` with the `state` of a checkpoint.
 
@@ -55,8 +55,9 @@ def refuse_changes(
         if change is not OnResume.FREE and before[name] != after[name]
     }
     misfits = [name for name in lines if fields[name] is OnResume.RESHAPES]
-    if misfits and parameter_shapes(root.model_validate(state["config"])) == parameter_shapes(config):
-        misfits = []
+    if misfits and isinstance(config, TrainingConfig):
+        before_then = type(config).model_validate(state["config"])
+        misfits = misfits if parameter_shapes(before_then) != parameter_shapes(config) else []
     refused = [name for name in lines if name in misfits or name not in config.run.allow_change]
     if refused:
         listed = "\n  ".join(lines[name] for name in refused)
@@ -81,7 +82,7 @@ def _remedy(refused: list[str], misfits: list[str]) -> str:
 
 
 def _values(
-    root: type[TrainingConfig], config: dict[str, Any], digests: list[str], precision: str
+    root: type[RunConfig], config: dict[str, Any], digests: list[str], precision: str
 ) -> dict[str, Any]:
     """The value of every field, a data set's path replaced by what it holds."""
     config, defaults = without_credentials(config), root().model_dump(mode="json")
@@ -92,7 +93,7 @@ def _values(
         except KeyError:  # a field that is younger than the checkpoint
             values[name] = value_at(defaults, name)
     first, *others = [f"index sha256 {digest[:16]}" for digest in digests]
-    values |= {"data.path": first, "train.precision": precision}
+    values |= {"data.path": first, root.precision_field: precision}
     if others:
         mixed = zip(values["data.mixture"], others, strict=True)
         values["data.mixture"] = [{**each, "path": other} for each, other in mixed]

@@ -1,0 +1,290 @@
+"""The evaluation loop of one worker: a run of no update over the places of a split, which are (video, view) pairs.
+
+    <run>/scores/part-00000042-00001-9f3a.parquet       a rank's rows since the save before (`Scoring.rows`)
+    <run>/checkpoints/step-00000042/state.json          position, and the parts that hold all places before it
+
+A save is what a checkpoint is to a training: any number of workers goes on from the newest one. Each place is scored
+once, in batches that are cut alike whatever the number of workers, so the scores are the same to the bit.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import secrets
+import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, replace
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+import torch.distributed as dist
+
+from arvideo_dist.config.commands import EvaluateConfig
+from arvideo_dist.config.sources import loader_options
+from arvideo_dist.data.index import FileEntry
+from arvideo_dist.data.loader import Batch, ClipLoader
+from arvideo_dist.storage import patiently, without_credentials
+from arvideo_dist.tasks.classification import label_of
+from arvideo_dist.tasks.derived import Evaluated
+from arvideo_dist.tasks.scoring import Scoring
+from arvideo_dist.train.agreement import agree, agree_on_data
+from arvideo_dist.train.assignment import Assignment
+from arvideo_dist.train.checkpoint.layout import FOLDER, MANIFEST, STATE, checkpoint_name
+from arvideo_dist.train.checkpoint.manifest import CheckpointManifest, versions
+from arvideo_dist.train.checkpoint.reader import Checkpoint, open_newest_whole
+from arvideo_dist.train.checkpoint.retention import Retention
+from arvideo_dist.train.health.activity import activity
+from arvideo_dist.train.run import changes
+from arvideo_dist.train.run.stop import RESULT, Interruption, RunStoppedError
+from arvideo_dist.train.run.watch import Watch
+from arvideo_dist.train.samples.bad_samples import BadSamples
+from arvideo_dist.train.tracking.deferred import DeferredWrites
+from arvideo_dist.train.trained import read_classifier
+
+if TYPE_CHECKING:
+    from arvideo_dist.train.tracking.outbox import QueuedTracker  # imports MLflow, which only rank 0 needs
+
+PARTS = "scores"
+
+
+def score(
+    assignment: Assignment[EvaluateConfig, Evaluated],
+    device: torch.device,
+    control: dist.ProcessGroup,
+    watch: Watch,
+    tracker: QueuedTracker | None,
+) -> Interruption | None:
+    """Score all views from the newest save on; leaves the metrics in `RESULT`. Collective, as `compose.train`."""
+    scoring = Evaluation(assignment, device, control, tracker)
+    interruption = scoring.run(watch)
+    if interruption is not None:
+        if tracker is not None:
+            tracker.leave()
+        return interruption
+    if dist.get_rank() == 0:
+        scoring.leave_result()
+    return None
+
+
+class Evaluation:
+    """An evaluation while it runs."""
+
+    def __init__(
+        self,
+        assignment: Assignment[EvaluateConfig, Evaluated],
+        device: torch.device,
+        control: dist.ProcessGroup,
+        tracker: QueuedTracker | None,
+    ) -> None:
+        """Collective. Raises RunStoppedError on all ranks if the evaluation cannot go on from its newest save."""
+        self._assignment, self._control, self._tracker = assignment, control, tracker
+        self._config, self._device = assignment.config, device
+        self._task, self._folder = Scoring(self._config), assignment.lease.storage()
+        digests, self._precision = (
+            changes.data_digests(self._config.data),
+            self._config.precision_on(device.type),
+        )
+        activity.together("compares its data with the other ranks")
+        agree_on_data(digests, self._precision, control)
+        activity.alone("builds the model")
+        self._module = self._task.build()
+        try:
+            weights = read_classifier(self._config.model.init_from or "")
+            self._module.load_state_dict(weights, strict=True)
+            start = self._start(digests)
+            self._loader = self._make_loader()
+            self._task.check(self._loader.samples.indexes)
+        except (ValueError, RuntimeError) as error:  # on all ranks, and a restart would meet the same
+            raise RunStoppedError(str(error)) from error
+        self._module.to(device).eval()
+        self._notes = DeferredWrites(self._folder)
+        fraction, epoch = self._config.data.max_bad_fraction, self._loader.places_per_epoch
+        self._bad = BadSamples(self._notes, fraction, epoch, control, tracker)
+        self._bad.restore(start.state["bad_samples"] if start is not None else [], [])
+        self._retention = Retention(self._folder, self._config.run.keep_last, None)
+        self._rows: list[pa.Table] = []  # of this rank, in no part yet
+        self._saved_at, self._saved_position = time.monotonic(), self._position
+        self._constants = {
+            "command": self._config.command,
+            "config": without_credentials(self._config.model_dump(mode="json")),
+            "data_digests": digests,
+            "precision": self._precision,
+            "derived": asdict(assignment.derived),
+            "mlflow_run_id": assignment.mlflow_run_id,
+            "versions": versions(),
+        }
+
+    def _start(self, digests: list[str]) -> Checkpoint | None:
+        activity.together("looks for the newest save")
+        start = open_newest_whole(self._folder, self._control, seen=self._assignment.seen)
+        self._position, self._parts = 0, list[dict[str, Any]]()
+        if start is not None:
+            for line in changes.refuse_changes(
+                start.state, self._config, digests, self._precision, str(start)
+            ):
+                self._say(f"changed by run.allow_change: {line}")
+            self._position, self._parts = start.state["position"], start.state["parts"]
+            self._say(f"continues from {start}, view {self._position}")
+        return start
+
+    def _make_loader(self) -> ClipLoader:
+        derived, config = self._assignment.derived, self._config
+        options = loader_options(config.data, pin_memory=self._device.type == "cuda")
+        return ClipLoader(
+            [self._task.source()],
+            clip_frames=config.model.frames,
+            image_size=config.model.image_size,
+            draw=label_of,
+            seed=config.run.seed,
+            position=self._position,
+            global_batch=derived.micro_batch * dist.get_world_size(),
+            micro_batch=derived.micro_batch,
+            rank=dist.get_rank(),
+            world_size=dist.get_world_size(),
+            workers=config.data.workers,
+            stop_position=derived.total_places,
+            shuffle=False,
+            options=replace(options, repeats=derived.views),
+        )
+
+    def run(self, watch: Watch) -> Interruption | None:
+        """Collective. Score to the end, or until `watch` says that the workers shall leave: why, then."""
+        total, interruption = self._assignment.derived.total_places, None
+        assert total is not None
+        activity.total_steps = -(-total // self._loader.global_batch)
+        batches, scored, began = iter(self._loader), 0, time.perf_counter()
+        waiting: tuple[Batch, torch.Tensor] | None = None  # the device computes while its host reads on
+        while self._position < total:
+            activity.alone("waits for batches", self._loader.busy_with)
+            step = next(batches)
+            activity.together("agrees on the step with the other ranks")
+            facts = agree(step, self._control, save_due=self._due_by_time(), look=watch.due())
+            if facts.look and (interruption := watch.look(self._step())) is not None:
+                break
+            self._bad.account(step, facts.bad_samples, self._position)
+            activity.alone("scores")
+            scores = self._scores(step[0])
+            self._take(waiting)
+            waiting = step[0], scores
+            self._position = min(self._position + self._loader.global_batch, total)
+            scored += int(facts.total_weight)
+            activity.step += 1
+            if activity.step % self._config.evaluation.log_every_steps == 0 or self._position == total:
+                rate = scored / (time.perf_counter() - began)
+                left = int((total - self._position) / rate) if rate else 0
+                self._say(
+                    f"view {self._position}/{total}  {rate:.1f} views/s  left "
+                    f"{left // 3600}:{left // 60 % 60:02d}:{left % 60:02d}"
+                )
+            if facts.save_due or activity.step % self._config.run.checkpoint_every_steps == 0:
+                self._take(waiting)
+                waiting = None
+                self._save()
+        self._take(waiting)
+        if self._position > self._saved_position or not self._parts:
+            self._save()
+        return interruption
+
+    def _scores(self, host: Batch) -> torch.Tensor:
+        autocast: AbstractContextManager[Any] = nullcontext()
+        if self._precision == "bf16":
+            autocast = torch.autocast(self._device.type, torch.bfloat16)
+        with torch.inference_mode(), autocast:
+            return self._task.score(self._module, host.to(self._device))
+
+    def _take(self, waiting: tuple[Batch, torch.Tensor] | None) -> None:
+        if waiting is not None:
+            batch, scores = waiting
+            self._rows.append(self._task.rows(batch, scores.float().cpu().numpy()))
+
+    def _due_by_time(self) -> bool:
+        minutes = self._config.run.checkpoint_every_minutes
+        if minutes is None or dist.get_rank():
+            return False
+        return time.monotonic() - self._saved_at >= 60 * minutes
+
+    def _step(self) -> int:
+        """Batches of one worker up to the position: unlike steps, the same for any number of workers."""
+        return -(-self._position // self._assignment.derived.micro_batch)
+
+    def _save(self) -> None:
+        """Collective. What was scored so far is on storage when this returns."""
+        activity.together("saves scores")
+        self._bad.collect()
+        own = self._write_rows()
+        everyones: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(everyones, own, group=self._control)
+        self._parts = [*self._parts, *(part for part in everyones if part is not None)]
+        self._saved_at, self._saved_position = time.monotonic(), self._position
+        if dist.get_rank():
+            return
+        name = checkpoint_name(self._step())
+        content = json.dumps(
+            {
+                **self._constants,
+                "position": self._position,
+                "step": self._step(),
+                "parts": self._parts,
+                "bad_samples": self._bad.listed(),
+            },
+            indent=1,
+        ).encode()
+        entry = FileEntry(name=STATE, size=len(content), sha256=hashlib.sha256(content).hexdigest())
+        manifest = CheckpointManifest(shapes={}, fragments=[], parts=[], state=entry)
+        write = self._folder.write_bytes
+        patiently(self._notes.flush)
+        patiently(functools.partial(write, f"{FOLDER}/{name}/{STATE}", content))
+        patiently(
+            functools.partial(
+                write, f"{FOLDER}/{name}/{MANIFEST}", manifest.model_dump_json(indent=1).encode()
+            )
+        )
+        self._say(f"view {self._position}  save {name} is complete")
+        self._retention.saved(name, self._step())
+
+    def _write_rows(self) -> dict[str, Any] | None:
+        if not self._rows:
+            return None
+        sink = pa.BufferOutputStream()
+        pq.write_table(pa.concat_tables(self._rows), sink)
+        content = sink.getvalue().to_pybytes()
+        name = f"{PARTS}/part-{self._step():08d}-{dist.get_rank():05d}-{secrets.token_hex(4)}.parquet"
+        patiently(functools.partial(self._folder.write_bytes, name, content))
+        self._rows = []
+        return {"name": name, "size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+
+    def leave_result(self) -> None:
+        """Rank 0: join all rows, write what follows from them, and the result last."""
+        activity.alone("joins the scores")
+        rows = pa.concat_tables(self._read_parts())
+        summary = self._task.summary(rows, self._loader.samples.indexes[0])
+        for name, content in summary.files.items():
+            patiently(functools.partial(self._folder.write_bytes, name, content))
+            if self._tracker is not None and not name.endswith(".parquet"):
+                self._tracker.log_bytes(name, content)
+        metrics = {**summary.metrics, "bad_samples": float(self._bad.places)}
+        if self._tracker is not None:
+            self._tracker.log(0, metrics)
+        content = json.dumps({"step": self._step(), **metrics}, indent=1).encode()
+        patiently(functools.partial(self._folder.write_bytes, RESULT, content))
+
+    def _read_parts(self) -> Iterator[pa.Table]:
+        for part in self._parts:
+            content = patiently(functools.partial(self._folder.read_bytes, part["name"]))
+            if hashlib.sha256(content).hexdigest() != part["sha256"]:
+                raise RunStoppedError(
+                    f"{self._folder.uri}/{part['name']} is damaged (its sha256 differs from the save's): choose "
+                    "another run.name to evaluate anew"
+                )
+            yield pq.read_table(pa.BufferReader(content))
+            activity.tick()
+
+    def _say(self, line: str) -> None:
+        if dist.get_rank() == 0:
+            print(line, flush=True)
+            activity.spoke()
