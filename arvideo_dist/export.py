@@ -1,12 +1,14 @@
-"""Export a run's encoder: `python -m arvideo_dist.export RUN_OR_CHECKPOINT --format hf|safetensors|torch`."""
+"""Export an encoder or classifier: `python -m arvideo_dist.export RUN_OR_CHECKPOINT --format hf|safetensors|torch`."""
 
 from __future__ import annotations
 
 import argparse
 import sys
 
+from arvideo_dist.config.commands import FinetuneConfig
 from arvideo_dist.config.settings import exit_with
-from arvideo_dist.model.interchange import export_encoder
+from arvideo_dist.model.classifier import Classifier
+from arvideo_dist.model.interchange import export_classifier, export_encoder
 from arvideo_dist.storage import Storage
 from arvideo_dist.train.checkpoint.manifest import CheckpointError
 from arvideo_dist.train.trained import open_trained
@@ -44,7 +46,10 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def export(source: str, format: str, head: bool, labels: int | None, out: str | None) -> Storage:
-    """Write the encoder of `source` and return the folder it stands in; ValueError, CheckpointError."""
+    """Write the encoder of `source`, or its classifier if it was fine-tuned; the folder it stands in.
+
+    Raises ValueError, CheckpointError.
+    """
     if head and format != "hf":
         raise ValueError(f"--head belongs to --format hf, not {format}")
     if labels is not None and not head:
@@ -54,6 +59,16 @@ def export(source: str, format: str, head: bool, labels: int | None, out: str | 
     trained = open_trained(source)
     name = f"{trained.checkpoint.name}-{format}{'-head' if head else ''}"
     to = Storage(out) if out else trained.run.child("exports").child(name)
+    if isinstance(trained.config, FinetuneConfig):
+        if head:
+            raise ValueError(
+                "--head makes a fresh head, and this run has trained its own, which is written with it"
+            )
+        names = trained.checkpoint.state["class_names"]
+        module = trained.load_module()
+        assert isinstance(module, Classifier)
+        export_classifier(module, trained.config.model, to, format, names)  # type: ignore[arg-type]
+        return to
     encoder, classes = trained.load_encoder(), (labels or 400) if head else None
     export_encoder(encoder, trained.config.model, to, format, classes)  # type: ignore[arg-type]
     return to

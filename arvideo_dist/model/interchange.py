@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from arvideo_dist.config.model import EncoderConfig
+from arvideo_dist.model.classifier import Classifier
 from arvideo_dist.model.layouts import load_encoder, to_classifier, to_encoder, to_transformers
 from arvideo_dist.model.pretraining import IMAGENET_MEAN, IMAGENET_STD
 from arvideo_dist.model.vit import ENCODER_SIZES, NORM_EPS, Encoder
@@ -50,6 +51,40 @@ def export_encoder(
             save_file(_transformers_weights(weights, labels), aside, metadata={"format": "pt"})
         _write_json(to, "preprocessor_config.json", _preprocessor_config(model))
         _write_json(to, "config.json", config)
+
+
+def export_classifier(
+    classifier: Classifier, model: EncoderConfig, to: Storage, format: Format, class_names: Sequence[str]
+) -> None:
+    """Write a fine-tuned `classifier` into the folder `to`.
+
+    `hf`: a VideoMAEForVideoClassification whose label map has `class_names`, as `export_encoder` writes it.
+    `safetensors`: classifier.safetensors under the original repository's names. `torch`: checkpoint.pth as that
+    repository's fine-tuning writes it.
+    """
+    state = {name: value.detach().cpu().contiguous() for name, value in classifier.state_dict().items()}
+    original = {name.removeprefix("encoder."): value for name, value in state.items()}
+    if format == "safetensors":
+        with to.writing("classifier.safetensors") as aside:
+            save_file(original, aside, metadata={"format": "pt"})
+        return
+    if format == "torch":
+        with to.writing("checkpoint.pth") as aside:
+            torch.save({"model": original}, aside)
+        return
+    heads = ("fc_norm.", "head.")
+    encoder = to_transformers({name: v for name, v in original.items() if not name.startswith(heads)})
+    weights = {
+        **{f"videomae.{name}": value for name, value in encoder.items()},
+        **{name.replace("head.", "classifier."): v for name, v in original.items() if name.startswith(heads)},
+    }
+    config = _transformers_config(model, len(class_names))
+    config["id2label"] = {str(label): name for label, name in enumerate(class_names)}
+    config["label2id"] = {name: label for label, name in enumerate(class_names)}
+    with to.writing("model.safetensors") as aside:
+        save_file(weights, aside, metadata={"format": "pt"})
+    _write_json(to, "preprocessor_config.json", _preprocessor_config(model))
+    _write_json(to, "config.json", config)
 
 
 def fill_encoder(encoder: Encoder, source: str | None, read: Callable[[str], dict[str, torch.Tensor]]) -> str:

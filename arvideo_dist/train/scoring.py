@@ -3,8 +3,8 @@
     <run>/scores/part-00000042-00001-9f3a.parquet       a rank's rows since the save before (`Scoring.rows`)
     <run>/checkpoints/step-00000042/state.json          position, and the parts that hold all places before it
 
-A save is what a checkpoint is to a training: any number of workers goes on from the newest one. Each place is scored
-once, in batches that are cut alike whatever the number of workers, so the scores are the same to the bit.
+A save is what a checkpoint is to a training: any number of workers goes on from the newest one. Each place is
+scored once, in batches that are cut alike whatever the number of workers, so the scores are the same to the bit.
 """
 
 from __future__ import annotations

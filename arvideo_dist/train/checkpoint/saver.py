@@ -81,6 +81,21 @@ _TOLD = 3  # kinds of failure that a message tells
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 30.0, 600.0
 
 
+def refuse_what_a_save_lacks(engine: Engine) -> None:
+    """RunStoppedError if the module has state that no checkpoint would hold, which is all that the optimiser does not
+    update: frozen parameters, and buffers that are part of its state."""
+    names = {name for name, _ in engine.module.named_parameters()}
+    frozen = [name for name, parameter in engine.module.named_parameters() if not parameter.requires_grad]
+    buffers = sorted(engine.module.state_dict().keys() - names)
+    if frozen or buffers:
+        listed = ", ".join([*frozen, *buffers][:5])
+        raise RunStoppedError(
+            f"a checkpoint of this module could not be resumed from: it has {len(frozen)} frozen parameters and "
+            f"{len(buffers)} persistent buffers ({listed}), which checkpoints do not hold. Put the parameters into "
+            "a group of the task, and register buffers that can be made anew with persistent=False"
+        )
+
+
 def _nothing() -> None:
     pass
 
@@ -116,6 +131,7 @@ class Saver:
         the run began from, `damaged`: names of newer ones that it could not use. `failed_before`: `failures_in_all`
         of the workers before.
         """
+        refuse_what_a_save_lacks(engine)
         self._run, self._engine, self._options = run, engine, options
         self._say, self._flush, self._report, self._published = say, flush, report, published
         self._retention = Retention(run, options.keep_last, options.keep_every, damaged)

@@ -78,6 +78,9 @@ class Engine:
             eps=optim.eps,
             fused=device.type == "cuda",
         )
+        grouped = {id(parameter) for group in groups for parameter in group.parameters}
+        for parameter in module.parameters():
+            parameter.requires_grad_(id(parameter) in grouped)
         self._loss = loss
         self.stage = train.zero_stage
         self.device = device
