@@ -1,4 +1,4 @@
-"""Export an encoder or classifier: `python -m arvideo_dist.export RUN_OR_CHECKPOINT --format hf|safetensors|torch`."""
+"""Export what was trained: `python -m arvideo_dist.export RUN_OR_CHECKPOINT --format hf|safetensors|torch`."""
 
 from __future__ import annotations
 

@@ -82,7 +82,7 @@ _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 30.0, 600.0
 
 
 def refuse_what_a_save_lacks(engine: Engine) -> None:
-    """RunStoppedError if the module has state that no checkpoint would hold, which is all that the optimiser does not
+    """RunStoppedError if the module has state that no checkpoint would hold, which is what the optimiser does not
     update: frozen parameters, and buffers that are part of its state."""
     names = {name for name, _ in engine.module.named_parameters()}
     frozen = [name for name, parameter in engine.module.named_parameters() if not parameter.requires_grad]
