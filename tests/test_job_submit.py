@@ -58,6 +58,7 @@ def client(folder: Path) -> Iterator[dict[str, str]]:
         "ARVIDEO__RUN__STORAGE_PATH": str(folder / "runs"),
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_JOB_STOP_WAIT_TIME_S": "600",
+        "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",  # at its end there is nothing left to wait for
         "PATH": path,
     }
     head = subprocess.Popen(
