@@ -15,11 +15,17 @@ import pytest
 
 from arvideo_dist.storage import Storage
 from arvideo_dist.train.checkpoint.layout import complete_checkpoints
+from tests import warm
 from tests.conftest import ROOT
 from tests.services.mlflow_server import new_database
 from tests.train.runs import TINY, history, make_data, write_config
 
 BIN = Path(sys.executable).parent
+
+
+def _ray(*arguments: str) -> list[str]:
+    """The `ray` command; what it starts is as warm as it is itself."""
+    return [warm.python(), str(BIN / "ray"), *arguments]
 
 
 def _free_ports(number: int) -> list[str]:
@@ -45,18 +51,19 @@ def client(folder: Path) -> Iterator[dict[str, str]]:
     configuration, the data and the storage, as a deployment does."""
     gcs, dashboard, agent_http, agent_grpc, ray_client = _free_ports(5)
     secret = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0123456789abcdef0123456789abcdef"}
-    path = f"{BIN}{os.pathsep}{os.environ['PATH']}"
+    path = os.pathsep.join([str(Path(warm.python()).parent), str(BIN), os.environ["PATH"]])
     deployment = {
         "ARVIDEO_CONFIG": str(folder / "tiny.yaml"),
         "ARVIDEO__DATA__PATH": str(folder / "data"),
         "ARVIDEO__RUN__STORAGE_PATH": str(folder / "runs"),
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_JOB_STOP_WAIT_TIME_S": "600",
+        "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",  # at its end there is nothing left to wait for
         "PATH": path,
     }
     head = subprocess.Popen(
         [
-            *(BIN / "ray", "start", "--head", "--block", "--num-cpus", "2", "--disable-usage-stats"),
+            *_ray("start", "--head", "--block", "--num-cpus", "2", "--disable-usage-stats"),
             *("--port", gcs, "--dashboard-port", dashboard, "--ray-client-server-port", ray_client),
             *("--dashboard-agent-listen-port", agent_http, "--dashboard-agent-grpc-port", agent_grpc),
         ],
@@ -88,7 +95,7 @@ def client(folder: Path) -> Iterator[dict[str, str]]:
 
 def _submit(client: dict[str, str], *arguments: str) -> str:
     done = subprocess.run(
-        [BIN / "ray", "job", "submit", *arguments],
+        _ray("job", "submit", *arguments),
         env=client,
         cwd=ROOT,
         capture_output=True,
@@ -135,7 +142,7 @@ def test_job_stop_leaves_a_checkpoint_of_the_step_that_was_running(
     ]
     _submit(client, *submitted, "--run.name", "stopped", "--train.steps", "4000", "--data.val_split", "null")
     logs = subprocess.Popen(
-        [BIN / "ray", "job", "logs", "--follow", "to-be-stopped"],
+        _ray("job", "logs", "--follow", "to-be-stopped"),
         env=client,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -146,7 +153,7 @@ def test_job_stop_leaves_a_checkpoint_of_the_step_that_was_running(
     for line in logs.stdout:
         lines.append(line)
         if "step 2/4000" in line:
-            subprocess.run([BIN / "ray", "job", "stop", "to-be-stopped"], env=client, check=True)
+            subprocess.run(_ray("job", "stop", "to-be-stopped"), env=client, check=True)
     assert logs.wait() == 0, "".join(lines)
     run = Storage(str(folder / "runs/stopped"))
     checkpoint = complete_checkpoints(run)[-1]

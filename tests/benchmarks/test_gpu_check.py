@@ -6,11 +6,13 @@ import importlib.util
 import subprocess
 import sys
 from types import ModuleType
+from unittest import mock
 
 import pytest
 import torch
 
 from arvideo_dist.config.model import DecoderConfig, ModelConfig
+from arvideo_dist.model.vit import ENCODER_SIZES, EncoderSize
 from tests.conftest import ROOT
 from tests.train.distributed import run_ranks
 
@@ -26,10 +28,11 @@ def _load() -> ModuleType:
     sys.modules["gpu_check"] = module
     spec.loader.exec_module(module)
     module.SMALL = ModelConfig(  # type: ignore[attr-defined]
-        encoder="demo", frames=8, image_size=64, tubelet=(2, 8, 8), cluster=(2, 4, 4)
+        encoder="demo", frames=8, image_size=32, tubelet=(2, 8, 8), cluster=(2, 2, 2)
     )
     module.SMALL_DECODER = DecoderConfig(width=64, depth=1)  # type: ignore[attr-defined]
-    module.METHODS["randsac"][0]["cluster"] = (1, 4, 4)
+    module.METHODS["randsac"][0]["cluster"] = (1, 2, 2)
+    module.METHODS["igpt"][0].update(frames=4, image_size=8)
     return module
 
 
@@ -67,11 +70,12 @@ def test_model_checks_pass_on_the_cpu(name: str) -> None:
 
 
 def _with_deepspeed() -> dict[str, dict]:
-    """In one process, as the script runs them."""
+    """In one process, as the script runs them, with a smaller encoder: they build 24 engines."""
     torch.distributed.destroy_process_group()
     module, device = _load(), torch.device("cpu")
     checks = ("check_zero_stages", "check_checkpoints", "check_bad_steps")
-    return {name: getattr(module, name)(device) for name in checks}
+    with mock.patch.dict(ENCODER_SIZES, demo=EncoderSize(width=96, depth=2, heads=1)):
+        return {name: getattr(module, name)(device) for name in checks}
 
 
 def test_engine_checks_pass_in_bf16_on_the_cpu() -> None:

@@ -29,18 +29,19 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def whole(folder: Path) -> Callable[[Layout], Run]:
-    """The uninterrupted run of a layout, made once."""
-    runs: dict[Layout, Run] = {}
+def whole(folder: Path) -> Callable[[Layout, int], Run]:
+    """The uninterrupted run of a layout and length, made once. When it saves makes no difference."""
+    runs: dict[tuple[Layout, int], Run] = {}
 
-    def whole(layout: Layout) -> Run:
-        if layout not in runs:
-            run = write_run(folder, str(folder / "data"), f"whole-{layout}", layout)
+    def whole(layout: Layout, steps: int) -> Run:
+        if (layout, steps) not in runs:
+            name = f"whole-{layout}-{steps}-steps"
+            run = write_run(folder, str(folder / "data"), name, layout, steps=steps)
             command = run.start()
             assert command.finish() == 0, command.output
             run.points = run.history()
-            runs[layout] = run
-        return runs[layout]
+            runs[layout, steps] = run
+        return runs[layout, steps]
 
     return whole
 
@@ -68,7 +69,9 @@ def table(request: pytest.FixtureRequest) -> Table:
 
 
 @pytest.fixture
-def survived(table: Table, whole: Callable[[Layout], Run], request: pytest.FixtureRequest) -> Iterator[Any]:
+def survived(
+    table: Table, whole: Callable[[Layout, int], Run], request: pytest.FixtureRequest
+) -> Iterator[Any]:
     """Call it with the run that a fault was done to and the fault's name: checks the run and notes the fault.
 
     Time lost is the wall time of all the run's commands over that of the uninterrupted run, so it holds the steps
@@ -77,7 +80,7 @@ def survived(table: Table, whole: Callable[[Layout], Run], request: pytest.Fixtu
     noted = []
 
     def survived(run: Run, fault: str, commands: int = 1) -> None:
-        reference = whole(run.layout)
+        reference = whole(run.layout, run.steps)
         row = {
             "fault": fault,
             "workers": run.layout.workers,

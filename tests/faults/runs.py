@@ -46,6 +46,7 @@ class Run:
     config: Path
     storage: str  # run.storage_path
     tracking: str  # address of its MLflow
+    steps: int
     seconds: float = 0.0  # of all its commands
     points: dict[str, list[tuple[int, float]]] = field(default_factory=dict)
 
@@ -94,41 +95,43 @@ def write_run(
     *,
     storage: str | None = None,
     tracking: str | None = None,
+    steps: int = STEPS,
+    save_every: int = SAVE_EVERY,
     **sections: dict[str, Any],
 ) -> Run:
-    """A run of STEPS steps on `data`; `sections` are laid over its configuration."""
+    """A run on `data`; `sections` are laid over its configuration."""
     storage = storage or str(folder / "runs")
     tracking = tracking or new_database(folder / f"mlflow-{name}.db")
     base: dict[str, dict[str, Any]] = {
         "run": {
             "name": name,
             "storage_path": storage,
-            "checkpoint_every_steps": SAVE_EVERY,
+            "checkpoint_every_steps": save_every,
             "audit": True,
         },
         "data": {**TINY["data"], "path": data},
         "train": {
             **TINY["train"],
-            "steps": STEPS,
+            "steps": steps,
             "global_batch": GLOBAL_BATCH,
             "zero_stage": layout.stage,
         },
-        "validation": {"every_steps": STEPS // 2, "max_clips": 16},
+        "validation": {"every_steps": steps // 2, "max_clips": 16},
         "cluster": {"workers": layout.workers, "device": "cpu"},
         "tracking": {"uri": tracking},
     }
     merged = {key: {**base.get(key, {}), **sections.get(key, {})} for key in {*base, *sections}}
     config = write_config(folder / f"{name}.yaml", **merged)
-    return Run(name, layout, config, storage, tracking)
+    return Run(name, layout, config, storage, tracking, steps)
 
 
 def check_nothing_was_lost(run: Run, whole: Run) -> None:
     """Each place once in the weights, the losses of an uninterrupted run to the bit, each step logged once."""
     assert applied_places(run.folder) == {
-        step: list(range((step - 1) * GLOBAL_BATCH, step * GLOBAL_BATCH)) for step in range(1, STEPS + 1)
+        step: list(range((step - 1) * GLOBAL_BATCH, step * GLOBAL_BATCH)) for step in range(1, run.steps + 1)
     }
     points = run.history()
-    assert [step for step, _ in points["loss/train"]] == list(range(1, STEPS + 1))
+    assert [step for step, _ in points["loss/train"]] == list(range(1, run.steps + 1))
     for metric in METRICS:
         assert points[metric] == whole.points[metric], metric
 

@@ -10,6 +10,7 @@ import fcntl
 import gc
 import importlib
 import json
+import multiprocessing.spawn
 import os
 import select
 import signal
@@ -45,6 +46,19 @@ PRELOAD = (
     "yaml",
     "pytest",
     "hypothesis",
+    # What those import only once an optimiser is made, an engine is built or a database is opened: seconds a rank.
+    "torch._dynamo",
+    "deepspeed.runtime.zero.muon.muon_optimizer",
+    "deepspeed.module_inject.auto_ep_layer",
+    "mlflow.store.tracking.sqlalchemy_store",
+    "mlflow.store.tracking.sqlalchemy_workspace_store",
+    # What Ray's processes import.
+    "aiohttp.web",
+    "fsspec.implementations.local",
+    "jsonschema",
+    "prometheus_client",
+    "pydantic.v1",
+    "setuptools",
 )
 # Flags of an interpreter that make no difference here, and those among them that take a value.
 FLAGS, WITH_VALUE = {"-u", "-B", "-E", "-s", "-I", "-P", "-W", "-X"}, {"-W", "-X"}
@@ -164,6 +178,7 @@ def become(request: dict[str, Any], stub: str) -> types.CodeType:
     tempfile.tempdir = None
     sys.modules["numpy"].random.seed()
     sys.executable = stub
+    multiprocessing.spawn.set_executable(stub)
     return _program(request["argv"])
 
 
