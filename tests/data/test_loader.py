@@ -414,8 +414,9 @@ def test_device_transforms_give_the_hosts_clips_within_one_grey_level(
     dataset: Storage, make_loader: Callable, workers: int, scales: tuple[float, ...] | None
 ) -> None:
     cpu = torch.device("cpu")
-    host = batches(make_loader(dataset, crop=scales))
-    device = batches(make_loader(dataset, crop=scales, device_transforms=True, workers=workers))
+    crop = None if scales is None else MultiScaleCrop(scales)
+    host = batches(make_loader(dataset, crop=crop))
+    device = batches(make_loader(dataset, crop=crop, device_transforms=True, workers=workers))
     for one, other in zip(host, device, strict=True):
         assert other.clips.numel() == 0
         made = other.to(cpu)
