@@ -1,6 +1,6 @@
 """How much memory one training worker takes, on the host and on its GPU, part by part.
 
-What ZeRO holds follows DeepSpeed 0.19.8 with fp32 parameters (`train/engine.py`), of P parameters on w workers:
+What ZeRO holds follows DeepSpeed 0.19.8 with fp32 parameters (`engine/engine.py`), of P parameters on w workers:
 
     stage   weights         gradients                       AdamW's moments
     0       P               P, and P sent if w > 1           2 P
@@ -135,6 +135,6 @@ def checkpoint_bytes(derived: Workload) -> int:
 
 
 def _saved(config: RunConfig, derived: Workload) -> int:
-    """This worker's share of the state on its way to a checkpoint (`train/saver.py`)."""
+    """This worker's share of the state on its way to a checkpoint (`checkpoint/saver.py`)."""
     copy = checkpoint_bytes(derived) // derived.world_size
     return copy if Storage(config.run.storage_path).is_local else 2 * copy
