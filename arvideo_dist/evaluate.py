@@ -7,6 +7,7 @@ split, its sampling, and a folder beside its checkpoints for the results.
 from __future__ import annotations
 
 import argparse
+import hashlib
 from typing import Any
 
 from arvideo_dist.command import start_run
@@ -14,6 +15,8 @@ from arvideo_dist.config.commands import EvaluateConfig, FinetuneConfig
 from arvideo_dist.storage import Storage
 from arvideo_dist.train.checkpoint.layout import FOLDER
 from arvideo_dist.train.trained import classifier_of, open_state
+
+SEGMENT_VIEWS = "2x3"  # as VideoMAE evaluates SSv2
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -44,9 +47,15 @@ def of_source(config: EvaluateConfig, flags: argparse.Namespace) -> EvaluateConf
         )
         _take_over(trained, given)
         given["run"].setdefault("storage_path", opened.run.child("evaluations").address)
+    if given["data"].get("sampling") == "segments":
+        given.setdefault("evaluation", {}).setdefault("views", SEGMENT_VIEWS)
     given["model"] = model.model_dump() | {"init_from": source}
     split = given["data"].get("split", type(config.data).model_fields["split"].default)
-    given["run"].setdefault("name", f"{name}-{split}-{config.evaluation.views}")
+    views = given.get("evaluation", {}).get("views", config.evaluation.views)
+    other = ""
+    if (path := given["data"].get("path")) is not None and trained is not None and path != trained.data.path:
+        other = f"-{hashlib.sha256(path.encode()).hexdigest()[:8]}"  # another data set has another folder
+    given["run"].setdefault("name", f"{name}-{split}-{views}{other}")
     return EvaluateConfig.model_validate(given)
 
 

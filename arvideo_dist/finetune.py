@@ -11,6 +11,8 @@ import argparse
 from arvideo_dist.command import start_run
 from arvideo_dist.config.commands import FinetuneConfig
 from arvideo_dist.config.finetuning import ClassifierConfig
+from arvideo_dist.config.folder import run_folder
+from arvideo_dist.train.checkpoint.layout import complete_checkpoints
 from arvideo_dist.train.trained import geometry_of
 
 
@@ -23,6 +25,9 @@ def with_geometry(config: FinetuneConfig, flags: argparse.Namespace) -> Finetune
     source, given = config.model.init_from, config.model.model_fields_set
     if source is None:
         return config
+    run = run_folder(config)
+    if complete_checkpoints(run):  # it goes on from its own, and what it began from may be gone
+        source = run.address
     found = {name: value for name, value in geometry_of(source).items() if name not in given}
     model = ClassifierConfig.model_validate({**config.model.model_dump(exclude_unset=True), **found})
     return config.model_copy(update={"model": model})

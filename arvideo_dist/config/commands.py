@@ -120,6 +120,15 @@ class EvaluateConfig(RunConfig):
     model: ClassifierConfig = Field(default_factory=ClassifierConfig)
     evaluation: EvaluationSection = Field(default_factory=EvaluationSection)
 
+    @model_validator(mode="after")
+    def _check_views(self) -> EvaluateConfig:
+        temporal = int(self.evaluation.views.partition("x")[0])
+        if self.data.sampling == "segments" and temporal > 2:
+            raise ValueError(
+                f"evaluation.views {self.evaluation.views}: segments have 1 or 2 temporal views, as in 2x3 (SSv2)"
+            )
+        return self
+
 
 ROOTS: dict[str, type[RunConfig]] = {
     root.command: root for root in (PretrainConfig, FinetuneConfig, EvaluateConfig)

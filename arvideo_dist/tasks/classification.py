@@ -16,10 +16,11 @@ from numpy.typing import NDArray
 from torch import nn
 
 from arvideo_dist.config.commands import FinetuneConfig
+from arvideo_dist.config.data import DataConfig
 from arvideo_dist.config.finetuning import ClassifierConfig
 from arvideo_dist.config.sources import data_sets, validation_source
 from arvideo_dist.data.augment import Augmentation, ClipDraws, ResizedCrop, draw_clip
-from arvideo_dist.data.index import DatasetIndex, SampleRow, load_manifest
+from arvideo_dist.data.index import DatasetIndex, SampleRow, load_manifest, open_index
 from arvideo_dist.data.loader import Batch, ClipSource, Draw
 from arvideo_dist.data.mixing import MixDraws, Mixing, draw_pair, first_place_of_pair, mix, soft_targets
 from arvideo_dist.data.order import Stream, sample_generator
@@ -87,7 +88,7 @@ class Classification(Task[FinetuneConfig]):
         return self.config.model_copy(update={"model": model})
 
     def facts(self) -> dict[str, Any]:
-        return {"class_names": self.class_names()}
+        return {"class_names": names_of_classes(self.config.data, self.classes())}
 
     @property
     def batch_unit(self) -> int:
@@ -97,13 +98,9 @@ class Classification(Task[FinetuneConfig]):
         """ValueError if neither the configuration nor the data set tells."""
         if self.config.model.classes is not None:
             return self.config.model.classes
-        return len(self.class_names())
-
-    def class_names(self) -> list[str]:
-        """By label. Raises ValueError if the data set has no labels."""
         storage, split = data_sets(self.config.data)[0]
         if names := load_manifest(storage, split).labels:
-            return names
+            return len(names)
         raise ValueError(
             f"split {split!r} at {storage.uri} has no labels: prepare it with its annotations (python -m data_prep "
             "--help), or with --labels-from-folders"
@@ -158,6 +155,8 @@ class Classification(Task[FinetuneConfig]):
 
     def check(self, indexes: Sequence[DatasetIndex]) -> None:
         check_labels(indexes, self.classes())
+        if (held_out := self.validation_source()) is not None:
+            check_labels([open_index(held_out.storage, held_out.split)], self.classes())
 
     def loss(self, forward: Forward, batch: Batch) -> torch.Tensor:
         """Cross-entropy with mixed, smoothed labels [B], of augmented clips."""
@@ -223,6 +222,13 @@ def build_classifier(model: ClassifierConfig, classes: int) -> Classifier:
         head_dropout=model.head_dropout,
         head_init_scale=model.head_init_scale,
     )
+
+
+def names_of_classes(data: DataConfig, classes: int) -> list[str]:
+    """By label: those of the data set's label map, and numbers for what it does not name."""
+    storage, split = data_sets(data)[0]
+    names = load_manifest(storage, split).labels[:classes]
+    return [*names, *(str(label) for label in range(len(names), classes))]
 
 
 def check_labels(indexes: Sequence[DatasetIndex], classes: int) -> None:

@@ -18,12 +18,12 @@ from numpy.typing import NDArray
 
 from arvideo_dist.config.commands import EvaluateConfig
 from arvideo_dist.config.sources import data_sets
-from arvideo_dist.data.index import DatasetIndex, load_manifest
+from arvideo_dist.data.index import DatasetIndex
 from arvideo_dist.data.loader import Batch, ClipSource
 from arvideo_dist.data.views import Views
 from arvideo_dist.model.classifier import Classifier
 from arvideo_dist.tasks.accuracy import accuracy, confusion_picture, video_scores, worst_classes
-from arvideo_dist.tasks.classification import build_classifier, check_labels
+from arvideo_dist.tasks.classification import build_classifier, check_labels, names_of_classes
 from arvideo_dist.tasks.picture import png
 
 SCORES = "scores.parquet"
@@ -60,12 +60,6 @@ class Scoring:
         """ValueError if a video has no label, or one that the classifier does not know."""
         check_labels(indexes, self.classes)
 
-    def class_names(self) -> list[str]:
-        """The data set's, by label, or numbers."""
-        storage, split = data_sets(self.config.data)[0]
-        names = load_manifest(storage, split).labels
-        return [*names, *(str(label) for label in range(len(names), self.classes))]
-
     def score(self, module: Classifier, batch: Batch) -> torch.Tensor:
         """Softmax of each view float32 [B, K], on the device of `batch`."""
         return module(batch.clips).softmax(dim=-1)
@@ -100,7 +94,9 @@ class Scoring:
             metrics |= {"accuracy/top1": found.top1, "accuracy/mean_class": found.mean_class}
             if self.classes > 5:
                 metrics["accuracy/top5"] = found.top5
-            files["classes.txt"] = worst_classes(found, self.class_names()).encode()
+            files["classes.txt"] = worst_classes(
+                found, names_of_classes(self.config.data, self.classes)
+            ).encode()
             files["confusion.png"] = png(confusion_picture(found))
         return Summary({name: value for name, value in metrics.items() if math.isfinite(value)}, files)
 

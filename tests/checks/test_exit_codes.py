@@ -17,11 +17,12 @@ from unittest import mock
 import pyarrow.fs as pafs
 import pytest
 
-from arvideo_dist import pretrain
+from arvideo_dist import command
 from arvideo_dist.checks import start
 from arvideo_dist.checks.finding import Finding
 from arvideo_dist.checks.stores import check_mlflow, check_storage
 from arvideo_dist.config.commands import PretrainConfig
+from arvideo_dist.pretrain import main
 from arvideo_dist.storage import Storage
 from tests.data.conftest import FRAMES, write_dataset
 from tests.services.s3 import S3
@@ -154,10 +155,10 @@ def _code(findings: list[Finding], run: Storage, monkeypatch: pytest.MonkeyPatch
 
 
 def _exit_code(monkeypatch: pytest.MonkeyPatch, check: Callable[[PretrainConfig], None]) -> int:
-    monkeypatch.setattr(pretrain, "check_driver", check)
-    monkeypatch.setattr(pretrain, "already_finished", lambda config: None)
+    monkeypatch.setattr(command, "check_driver", check)
+    monkeypatch.setattr(command, "already_finished", lambda config: None)
     with pytest.raises(SystemExit) as ended:
-        pretrain.main([])
+        main([])
     assert isinstance(ended.value.code, int)
     return ended.value.code
 
@@ -225,7 +226,7 @@ def test_a_bucket_whose_region_cannot_be_asked_for_is_a_store_that_is_away(
             ["--run.storage_path", str(tmp_path), "--data.path", "s3://data/k400"],
         ):
             with pytest.raises(SystemExit) as ended:
-                pretrain.main(arguments)
+                main(arguments)
             assert ended.value.code == AGAIN
             assert "NETWORK_CONNECTION" in capsys.readouterr().err
 

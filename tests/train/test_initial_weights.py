@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
-from arvideo_dist import pretrain
+from arvideo_dist import command
 from arvideo_dist.config.commands import PretrainConfig
+from arvideo_dist.pretrain import main
 from arvideo_dist.storage import Storage
 from arvideo_dist.tasks.derived import derive
 from arvideo_dist.train.checkpoint.layout import FOLDER, MANIFEST
@@ -24,10 +25,10 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         launched.append(config.run.name)
         raise RunStoppedError("enough")
 
-    monkeypatch.setattr(pretrain, "check_driver", lambda config: None)
-    monkeypatch.setattr(pretrain, "derive_checked", lambda config: derive(config, 100))
-    monkeypatch.setattr(pretrain, "check_resume", lambda config: None)
-    monkeypatch.setattr(pretrain, "launch", launch)
+    monkeypatch.setattr(command, "check_driver", lambda config: None)
+    monkeypatch.setattr(command, "derive_checked", lambda config: derive(config, 100))
+    monkeypatch.setattr(command, "check_resume", lambda config: None)
+    monkeypatch.setattr(command, "launch", launch)
     return launched
 
 
@@ -35,9 +36,7 @@ def _code(folder: Path, *options: str) -> int:
     """Of `pretrain` from weights that are not there."""
     absent, runs = str(folder / "absent.pth"), str(folder / "runs")
     with pytest.raises(SystemExit) as ended:
-        pretrain.main(
-            [*options, "--model.init_from", absent, "--run.storage_path", runs, "--run.name", "run"]
-        )
+        main([*options, "--model.init_from", absent, "--run.storage_path", runs, "--run.name", "run"])
     assert isinstance(ended.value.code, int)
     return ended.value.code
 

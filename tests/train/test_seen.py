@@ -20,13 +20,14 @@ import ray
 import torch.distributed as dist
 from mlflow.tracking import MlflowClient
 
-from arvideo_dist import pretrain
+from arvideo_dist import command
 from arvideo_dist.checks import stores
 from arvideo_dist.config.commands import PretrainConfig
 from arvideo_dist.data.index import manifest_name
 from arvideo_dist.launch import driver as launch
 from arvideo_dist.launch import nodes
 from arvideo_dist.launch.preemption import Signals
+from arvideo_dist.pretrain import main
 from arvideo_dist.storage import Storage, lasts
 from arvideo_dist.tasks.derived import derive
 from arvideo_dist.train.checkpoint import reader as checkpoint_module
@@ -256,15 +257,15 @@ def test_the_same_bucket_is_known_with_other_options_in_its_address() -> None:
 def started(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What `pretrain` came to, behind the checks of its data."""
     reached: list[str] = []
-    monkeypatch.setattr(pretrain, "check_driver", lambda config: None)
-    monkeypatch.setattr(pretrain, "derive_checked", lambda config: derive(config, 100))
-    monkeypatch.setattr(pretrain, "check_resume", lambda config: None)
+    monkeypatch.setattr(command, "check_driver", lambda config: None)
+    monkeypatch.setattr(command, "derive_checked", lambda config: derive(config, 100))
+    monkeypatch.setattr(command, "check_resume", lambda config: None)
 
     def note(*_: object) -> None:
         reached.append("launch")
         raise RunStoppedError("enough")
 
-    monkeypatch.setattr(pretrain, "launch", note)
+    monkeypatch.setattr(command, "launch", note)
     return reached
 
 
@@ -280,7 +281,7 @@ def _pretrain(config: PretrainConfig) -> int:
         "cluster.workers": str(config.cluster.workers),
     }
     with pytest.raises(SystemExit) as ended:
-        pretrain.main([part for name, value in options.items() for part in (f"--{name}", value)])
+        main([part for name, value in options.items() for part in (f"--{name}", value)])
     assert isinstance(ended.value.code, int)
     return ended.value.code
 
