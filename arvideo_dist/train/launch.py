@@ -159,6 +159,8 @@ def launch(config: RunConfig, derived: Derived, lease: Lease, signals: Signals) 
     LeaseLostError if another driver took the run, CrashLoopError if workers are lost again and again,
     ValueError if the cluster can never hold them.
     """
+    # Read as Ray is imported. Else a thread that still calls Ray after the run has left it would start another Ray.
+    os.environ["RAY_ENABLE_AUTO_CONNECT"] = "0"
     from arvideo_dist import tracking  # MLflow and Ray take seconds to import: only after all checks
 
     run = lease.guard.storage()
