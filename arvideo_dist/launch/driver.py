@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import json
+import os
 import threading
 import time
 from dataclasses import asdict, dataclass
@@ -53,7 +54,11 @@ def launch(config: RunConfig, derived: Workload, lease: Lease, signals: Signals)
     LeaseLostError if another driver took the run, CrashLoopError if workers are lost again and again,
     ValueError if the cluster can never hold them.
     """
-    from arvideo_dist.train.tracking import runs as tracking
+    # Read as Ray is imported. Else a thread that still calls Ray after the run has left it would start another Ray.
+    os.environ["RAY_ENABLE_AUTO_CONNECT"] = "0"
+    from arvideo_dist.train.tracking import (
+        runs as tracking,  # MLflow takes seconds to import: after all checks
+    )
 
     run = lease.guard.storage()
     patiently(lease.guard.check)  # else a run that has one would be given a second MLflow run

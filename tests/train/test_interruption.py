@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from mlflow.tracking import MlflowClient
+from ray._common.utils import get_default_ray_temp_dir
 
 from arvideo_dist.storage import Storage
 from arvideo_dist.train.checkpoint.layout import complete_checkpoints
@@ -122,6 +123,8 @@ def test_second_driver_is_refused_or_takes_over_and_a_suspended_first_one_writes
     last.read_until(r"Ctrl-C: the workers save at their next step")
     last.ctrl_c()
     assert last.finish() == 75, last.output
+    sessions = list(Path(get_default_ray_temp_dir()).glob(f"session_*_{last.pid}"))
+    assert len(sessions) == 1, "threads that go on for a moment start no other Ray"
     assert "held by" not in last.output
     assert "a second signal: ended at once, without a save; the same command continues" in last.output
     record = json.loads((run / "run.json").read_text())

@@ -42,7 +42,7 @@ class Lives:
         ranks = [
             context.Process(
                 target=train_until_killed,
-                args=(rank, WORLD_SIZE, store, self.run.uri, self.stage, sender, stop_at_save, moment),
+                args=(rank, WORLD_SIZE, store, self.run.address, self.stage, sender, stop_at_save, moment),
             )
             for rank, (_, sender) in enumerate(ends)
         ]
