@@ -81,10 +81,9 @@ def _work(config: RunConfig, payload: dict[str, Any]) -> Interruption | None:
     pulse: Any = contextlib.nullcontext()
     if dist.get_rank() == 0:
         pulse = Pulse(activity, functools.partial(print, flush=True))
+        # MLflow, whose memory and time no other rank needs.
         from arvideo_dist.train.tracking.outbox import QueuedTracker
-        from arvideo_dist.train.tracking.runs import (
-            Tracker,  # imports MLflow, whose memory and time no other rank needs
-        )
+        from arvideo_dist.train.tracking.runs import Tracker
 
         to_mlflow = Tracker(assignment.tracking_uri, assignment.mlflow_run_id, assignment.lease.check)
         tracker = QueuedTracker(to_mlflow, assignment.lease.storage())
