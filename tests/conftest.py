@@ -33,10 +33,10 @@ LONG = (
     "tests/faults",
     "tests/train/test_run.py",
     "tests/test_job_submit.py",
-    "tests/train/test_elastic.py",
-    "tests/train/test_bad_steps.py",
+    "tests/launch/test_elastic.py",
+    "tests/train/samples/test_bad_steps.py",
     "tests/data_prep/test_kill_points.py",
-    "tests/train/test_failed_saves.py",
+    "tests/train/checkpoint/test_failed_saves.py",
     "tests/data/test_loader.py",
 )
 

@@ -163,7 +163,7 @@ class Training:
         activity.together("begins a save")
         parts.bad_samples.collect()
         # No random states: every draw is keyed by (seed, place), so seed and position are all there is to them.
-        # The model draws nothing while it trains (tests/train/test_saver.py).
+        # The model draws nothing while it trains (tests/train/checkpoint/test_saver.py).
         content = {
             **parts.constants,
             "position": state.position,

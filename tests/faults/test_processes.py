@@ -16,7 +16,7 @@ from tests import warm
 from tests.faults.runs import FAULT_AT, LAYOUTS, Layout, Run, write_run
 
 EACH_RANK = [(layout, rank) for layout in LAYOUTS for rank in range(layout.workers)]
-# Which rank it is makes no difference to who is blamed (tests/train/test_monitor.py): first and last are here.
+# Which rank it is makes no difference to who is blamed (health/test_monitor.py): first and last are here.
 STOPPED_RANKS = [(LAYOUTS[0], 1), (LAYOUTS[1], 0), (LAYOUTS[2], 3)]
 
 

@@ -38,11 +38,11 @@ from arvideo_dist.train.checkpoint.seen import CHECKPOINT_TAG, look_from_all_ran
 from arvideo_dist.train.run.lease import Guard, acquire
 from arvideo_dist.train.run.stop import RunInterruptedError, RunStoppedError, Stopped, StoreAwayError
 from arvideo_dist.train.tracking import runs as tracking
+from tests.launch.test_launch import _NoWatch
 from tests.services.mounts import Mount, leave_for_another_host, mounted
 from tests.services.relays import EmptyListings
 from tests.services.s3 import S3
 from tests.train.distributed import run_ranks
-from tests.train.test_launch import _NoWatch
 
 
 class Store:

@@ -25,10 +25,10 @@ from arvideo_dist.train.checkpoint.layout import FOLDER, MANIFEST
 from arvideo_dist.train.run.lease import Lease, LeaseLostError, acquire
 from arvideo_dist.train.run.stop import RunInterruptedError
 from arvideo_dist.train.tracking import runs as tracking
+from tests.launch.test_launch import _NoWatch
 from tests.services.relays import CutOff
 from tests.services.s3 import S3
-from tests.train.test_launch import _NoWatch
-from tests.train.test_lease import acquire_released
+from tests.train.run.test_lease import acquire_released
 
 
 @pytest.fixture(scope="module")
