@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Self
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, model_validator
 
 from arvideo_dist.config.model import EncoderConfig
 from arvideo_dist.config.optim import OptimConfig, TrainConfig
 from arvideo_dist.config.run import NAME_PATTERN, RunConfigSection
 from arvideo_dist.config.section import ALTERS, FREE, RESHAPES, PositiveInt, Section
 
+Positive = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 
 
@@ -44,6 +45,12 @@ class ClassifierConfig(EncoderConfig):
 class AugmentConfig(Section):
     """What is drawn for each training clip, beside its window."""
 
+    crop_scale: Annotated[tuple[Positive, Positive], ALTERS] = Field(
+        (0.08, 1.0), description="random resized crop: least and largest share of the frame's area"
+    )
+    crop_ratio: Annotated[tuple[Positive, Positive], ALTERS] = Field(
+        (0.75, 1.3333), description="random resized crop: least and largest width to height"
+    )
     rand_augment_operations: Annotated[int, ALTERS] = Field(
         4, ge=0, description="RandAugment: operations drawn for a clip; 0: none"
     )
@@ -75,6 +82,16 @@ class AugmentConfig(Section):
     label_smoothing: Annotated[float, ALTERS] = Field(
         0.1, ge=0, lt=1, description="share of a label that is spread over all classes"
     )
+
+    @model_validator(mode="after")
+    def _check_crop(self) -> Self:
+        for name in ("crop_scale", "crop_ratio"):
+            least, largest = getattr(self, name)
+            if least > largest:
+                raise ValueError(f"{name} {(least, largest)}: give the least one first")
+        if self.crop_scale[1] > 1:
+            raise ValueError(f"crop_scale {self.crop_scale}: no crop is larger than its frame; set at most 1")
+        return self
 
     @property
     def mixes(self) -> bool:

@@ -23,8 +23,6 @@ from numpy.typing import NDArray
 from arvideo_dist.data.transforms import Crop
 
 MAX_LEVEL = 10.0
-CROP_SCALE = (0.08, 1.0)  # share of the frame's area
-CROP_RATIO = (0.75, 1.3333)  # width to height
 ERASED_AREA = (0.02, 1 / 3)
 ERASED_RATIO = (0.3, 1 / 0.3)
 NO_OPERATION = -1
@@ -134,29 +132,28 @@ def argument(operation: Operation, level: float, sign: int) -> float:
             return 1 + sign * share * 0.9
 
 
-def draw_resized_crop(height: int, width: int, rng: np.random.Generator) -> Crop:
-    """Random resized crop: 8 to 100 % of the area, 3:4 to 4:3, anywhere; after ten misses the centre.
+@dataclass(frozen=True)
+class ResizedCrop:
+    """Random resized crop (a `transforms.CropDraw`); the defaults are the recipe's.
 
     VideoMAE resizes it bilinearly without antialiasing; `transforms.crop_and_resize` antialiases.
     """
-    for _ in range(10):
-        area = rng.uniform(*CROP_SCALE) * height * width
-        ratio = math.exp(rng.uniform(*np.log(CROP_RATIO)))
-        crop_w, crop_h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
-        if 0 < crop_w <= width and 0 < crop_h <= height:
-            top, left = rng.integers([height - crop_h + 1, width - crop_w + 1]).tolist()
-            return Crop(top, left, crop_h, crop_w)
-    crop_h = min(height, round(width / CROP_RATIO[0]))
-    crop_w = min(width, round(height * CROP_RATIO[1]))
-    return Crop((height - crop_h) // 2, (width - crop_w) // 2, crop_h, crop_w)
 
-
-@dataclass(frozen=True)
-class ResizedCrop:
-    """`draw_resized_crop` as a `transforms.CropDraw`."""
+    scale: tuple[float, float] = (0.08, 1.0)  # share of the frame's area
+    ratio: tuple[float, float] = (0.75, 1.3333)  # width to height
 
     def draw(self, height: int, width: int, size: int, rng: np.random.Generator) -> Crop:
-        return draw_resized_crop(height, width, rng)
+        """Anywhere in the frame; after ten that do not fit, the largest one in its centre."""
+        for _ in range(10):
+            area = rng.uniform(*self.scale) * height * width
+            ratio = math.exp(rng.uniform(*np.log(self.ratio)))
+            crop_w, crop_h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+            if 0 < crop_w <= width and 0 < crop_h <= height:
+                top, left = rng.integers([height - crop_h + 1, width - crop_w + 1]).tolist()
+                return Crop(top, left, crop_h, crop_w)
+        crop_h = min(height, round(width / self.ratio[0]))
+        crop_w = min(width, round(height * self.ratio[1]))
+        return Crop((height - crop_h) // 2, (width - crop_w) // 2, crop_h, crop_w)
 
 
 def _draw_erased(rng: np.random.Generator, prob: float, height: int, width: int) -> NDArray[np.int64]:

@@ -148,7 +148,8 @@ class Classification(Task[FinetuneConfig]):
     def sources(self) -> list[ClipSource]:
         data = self.config.data
         storage, split = data_sets(data)[0]
-        return [ClipSource(storage, split, data.stride, ResizedCrop(), sampling=data.sampling)]
+        crop = ResizedCrop(self.config.augment.crop_scale, self.config.augment.crop_ratio)
+        return [ClipSource(storage, split, data.stride, crop, sampling=data.sampling)]
 
     def validation_source(self) -> ClipSource | None:
         return validation_source(self.config.data)

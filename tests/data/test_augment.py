@@ -19,9 +19,9 @@ from arvideo_dist.data.augment import (
     ClipDraw,
     ClipDraws,
     Operation,
+    ResizedCrop,
     argument,
     draw_clip,
-    draw_resized_crop,
     stack_draws,
 )
 from arvideo_dist.data.pixels import augment
@@ -352,7 +352,7 @@ def slow_crop(rng: random.Random, height: int, width: int) -> tuple[int, int, in
 @pytest.mark.parametrize(("height", "width"), [(240, 320), (320, 240), (128, 128)])
 def test_crops_are_distributed_as_videomaes(height: int, width: int) -> None:
     rng, slow_rng, number = np.random.default_rng(0), random.Random(0), 4000
-    found = np.array([draw_resized_crop(height, width, rng) for _ in range(number)])
+    found = np.array([ResizedCrop().draw(height, width, 224, rng) for _ in range(number)])
     expected = np.array([slow_crop(slow_rng, height, width) for _ in range(number)])
     assert found.min() >= 0
     assert (found[:, 0] + found[:, 2]).max() <= height
@@ -366,6 +366,6 @@ def test_crops_are_distributed_as_videomaes(height: int, width: int) -> None:
 
 @pytest.mark.parametrize(("height", "width"), [(2, 400), (400, 2)])
 def test_a_frame_too_narrow_for_any_crop_gives_its_centre(height: int, width: int) -> None:
-    found = {tuple(draw_resized_crop(height, width, np.random.default_rng(i))) for i in range(20)}
+    found = {tuple(ResizedCrop().draw(height, width, 224, np.random.default_rng(i))) for i in range(20)}
     assert found == {slow_crop(random.Random(i), height, width) for i in range(20)}
     assert len(found) == 1

@@ -143,6 +143,7 @@ def test_the_defaults_are_videomaes_recipe_for_kinetics() -> None:
     assert (augment.mixup, augment.cutmix, augment.mix_prob, augment.mix_switch_prob) == (0.8, 1.0, 1.0, 0.5)
     assert (augment.rand_augment_level, augment.rand_augment_operations) == (7, 4)
     assert (augment.rand_augment_level_std, augment.rand_augment_prob) == (0.5, 0.5)
+    assert (augment.crop_scale, augment.crop_ratio) == ((0.08, 1.0), (0.75, 1.3333))
     assert (augment.erase, augment.label_smoothing, augment.flip) == (0.25, 0.1, 0.5)
     assert (found.data.sampling, found.data.stride) == ("window", 4)
 
