@@ -72,8 +72,8 @@ def test_a_classifier_from_a_pretrained_encoder_beats_chance_by_five_standard_er
     finetune = written(tmp_path / "finetune.yaml", SHARED, FINETUNE, name="classifier", storage_path=runs)
     said = python("arvideo_dist.finetune", "--config", finetune, "--init-from", f"{runs}/encoder", *places)
     assert f"starts from {runs}/encoder (encoder)" in said
-    said = python("arvideo_dist.evaluate", f"{runs}/classifier", "--views", "1x1", "--cluster.workers", "2",
-                  "--cluster.device", "cpu", "--data.workers", "1", "--evaluation.videos_per_batch", "20")  # fmt: skip
+    here = ["--cluster.workers", "2", "--cluster.device", "cpu", "--data.workers", "1"]
+    said = python("arvideo_dist.evaluate", f"{runs}/classifier", "--views", "1x1", *here)
     (evaluation,) = Path(runs, "classifier", "evaluations").iterdir()
     result = json.loads((evaluation / RESULT).read_text())
     assert result["videos"] == HELD_OUT
