@@ -21,8 +21,8 @@ from arvideo_dist.data.index import SampleRow
 from arvideo_dist.data.loader import ClipSource
 from arvideo_dist.hardware import environment
 from arvideo_dist.storage import Storage
+from arvideo_dist.tasks.draws import TokenDraw
 from arvideo_dist.tasks.picture import gif, png
-from arvideo_dist.tasks.pretraining import TokenDraw
 from arvideo_dist.train.trained import Trained
 
 _SECONDS_A_PAGE = 0.8

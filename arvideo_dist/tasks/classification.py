@@ -6,63 +6,31 @@ Letters: B clips, K classes.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, cast
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from numpy.typing import NDArray
 from torch import nn
 
 from arvideo_dist.config.commands import FinetuneConfig
 from arvideo_dist.config.data import DataConfig
 from arvideo_dist.config.finetuning import ClassifierConfig
 from arvideo_dist.config.sources import data_sets, validation_source
-from arvideo_dist.data.augment import Augmentation, ClipDraws, ResizedCrop, draw_clip
-from arvideo_dist.data.index import DatasetIndex, SampleRow, load_manifest, open_index
+from arvideo_dist.data.augment import Augmentation, ClipDraws, ResizedCrop
+from arvideo_dist.data.index import DatasetIndex, load_manifest, open_index
 from arvideo_dist.data.loader import Batch, ClipSource, Draw
-from arvideo_dist.data.mixing import MixDraws, Mixing, draw_pair, first_place_of_pair, mix, soft_targets
-from arvideo_dist.data.order import Stream, sample_generator
-from arvideo_dist.data.pixels import augment
-from arvideo_dist.model.classifier import Classifier, Kept, draw_kept, layer_scale, soft_cross_entropy
+from arvideo_dist.data.mixing import MixDraws, Mixing, mix, soft_targets
+from arvideo_dist.model.classifier import Classifier, Kept, layer_scale, soft_cross_entropy
 from arvideo_dist.model.interchange import fill_encoder
 from arvideo_dist.model.pretraining import IMAGENET_MEAN, IMAGENET_STD
-from arvideo_dist.model.vit import ENCODER_SIZES, EncoderSize
+from arvideo_dist.model.vit import ENCODER_SIZES
 from arvideo_dist.tasks.activations import classifier_activation_bytes
+from arvideo_dist.tasks.draws import TrainingDraw, label_of
 from arvideo_dist.tasks.flops import classifier_flops
 from arvideo_dist.tasks.task import Costs, Forward, Measured, ParameterGroup, ReadWeights, Task
 
 TOP_5 = 5
-
-
-@dataclass(frozen=True)
-class TrainingDraw:
-    """All that is drawn for a clip beside its window and crop, keyed by its place."""
-
-    augmentation: Augmentation
-    mixing: Mixing
-    size: EncoderSize
-    image_size: int
-    repeats: int
-    drop_path: float
-    head_dropout: float
-
-    def __call__(self, seed: int, place: int, row: SampleRow) -> dict[str, NDArray[Any]]:
-        side = self.image_size
-        clip = draw_clip(sample_generator(seed, place, Stream.AUGMENT), self.augmentation, side, side)
-        first = first_place_of_pair(place, self.repeats)
-        pair = draw_pair(sample_generator(seed, first, Stream.MIX), self.mixing, side, side)
-        branches, features = draw_kept(
-            sample_generator(seed, place, Stream.DROP), self.size, self.drop_path, self.head_dropout
-        )
-        kept = {"branches": branches, "features": features}
-        return {**label_of(seed, place, row), **clip._asdict(), **pair._asdict(), **kept}
-
-
-def label_of(seed: int, place: int, row: SampleRow) -> dict[str, NDArray[Any]]:
-    """What a clip is, and nothing drawn."""
-    return {"label": np.array(row.label)}
 
 
 class Classification(Task[FinetuneConfig]):
@@ -161,6 +129,8 @@ class Classification(Task[FinetuneConfig]):
 
     def loss(self, forward: Forward, batch: Batch) -> torch.Tensor:
         """Cross-entropy with mixed, smoothed labels [B], of augmented clips."""
+        from arvideo_dist.data.pixels import augment  # imports kornia, which no other task needs
+
         inputs, host = batch.inputs, batch.host_inputs
         targets_bk = soft_targets(inputs["label"], self.classes(), self.config.augment.label_smoothing)
         draws = ClipDraws(*(host[name] for name in ClipDraws._fields))

@@ -3,24 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import cast
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import nn
 
 from arvideo_dist.config.commands import PretrainConfig
 from arvideo_dist.config.sources import pretraining_sources, validation_source
-from arvideo_dist.data.index import SampleRow
 from arvideo_dist.data.loader import Batch, ClipSource
-from arvideo_dist.data.order import Stream, sample_generator
 from arvideo_dist.model.clusters import Clusters
 from arvideo_dist.model.interchange import fill_encoder
 from arvideo_dist.model.kinds import build_model, make_sequences
-from arvideo_dist.model.pretraining import Output, PretrainingModel, Sequences
+from arvideo_dist.model.pretraining import Output, PretrainingModel
 from arvideo_dist.tasks.activations import activation_bytes_per_clip, activation_bytes_per_pass
+from arvideo_dist.tasks.draws import TokenDraw
 from arvideo_dist.tasks.flops import forward_backward_flops, parameter_count
 from arvideo_dist.tasks.picture import reconstruction
 from arvideo_dist.tasks.task import (
@@ -34,17 +30,6 @@ from arvideo_dist.tasks.task import (
 )
 
 PICTURED_CLIPS = 3
-
-
-@dataclass(frozen=True)
-class TokenDraw:
-    """Which tokens of a clip the encoder sees, `context_ids` [N], and which it predicts, `target_ids` [M]."""
-
-    sequences: Sequences
-
-    def __call__(self, seed: int, place: int, row: SampleRow) -> dict[str, NDArray[np.int64]]:
-        context, target = self.sequences.draw_sequence(sample_generator(seed, place, Stream.SEQUENCE))
-        return {"context_ids": context, "target_ids": target}
 
 
 class Pretraining(Task[PretrainConfig]):

@@ -29,8 +29,8 @@ from arvideo_dist.config.sources import loader_options
 from arvideo_dist.data.index import FileEntry
 from arvideo_dist.data.loader import Batch, ClipLoader
 from arvideo_dist.storage import patiently, without_credentials
-from arvideo_dist.tasks.classification import label_of
 from arvideo_dist.tasks.derived import Evaluated
+from arvideo_dist.tasks.draws import label_of
 from arvideo_dist.tasks.scoring import Scoring
 from arvideo_dist.train.agreement import agree, agree_on_data
 from arvideo_dist.train.assignment import Assignment

@@ -12,7 +12,7 @@ from arvideo_dist.config.commands import PretrainConfig
 from arvideo_dist.config.model import DecoderConfig, ModelConfig
 from arvideo_dist.model.kinds import build_model
 from arvideo_dist.storage import Storage
-from arvideo_dist.tasks.pretraining import TokenDraw
+from arvideo_dist.tasks.draws import TokenDraw
 from arvideo_dist.train.tracking.runs import open_run
 from tests.data.conftest import encode, write_dataset
 from tests.train.distributed import run_ranks, save_checkpoint

@@ -21,8 +21,8 @@ from arvideo_dist.config.model import ModelConfig
 from arvideo_dist.model.clusters import Clusters, PredictionStep
 from arvideo_dist.model.pretraining import restore_pixels
 from arvideo_dist.model.vit import to_cubes
+from arvideo_dist.tasks.draws import TokenDraw
 from arvideo_dist.tasks.picture import Page, gif
-from arvideo_dist.tasks.pretraining import TokenDraw
 from arvideo_dist.train.trained import open_trained
 from tests.analysis.conftest import CLIPS, MODELS, run_config
 
