@@ -35,7 +35,7 @@ from arvideo_dist.checks.stores import (
     manifest_digests,
     scratch_folder,
 )
-from arvideo_dist.config.commands import RunConfig
+from arvideo_dist.config.commands import ROOTS, RunConfig
 from arvideo_dist.storage import Storage
 from arvideo_dist.tasks.derived import Workload
 
@@ -48,8 +48,8 @@ _DATA_WITHIN_S = 600.0  # a look at each of 10^5 remote shards
 class Worker:
     """One training worker's place in the cluster, as a Ray actor."""
 
-    def __init__(self, config: dict[str, Any], cuda: bool) -> None:
-        self._config, self._cuda = RunConfig.model_validate(config), cuda
+    def __init__(self, command: str, config: dict[str, Any], cuda: bool) -> None:
+        self._config, self._cuda = ROOTS[command].model_validate(config), cuda
         self._listener: network.Listener | None = None
 
     def describe(self) -> Place:
@@ -183,7 +183,7 @@ def check_workers(
                 num_cpus=bundle["CPU"],
                 num_gpus=bundle.get("GPU", 0),
                 scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=i),
-            ).remote(config.model_dump(mode="json"), use_gpu)
+            ).remote(config.command, config.model_dump(mode="json"), use_gpu)
             for i in range(number)
         ]
         numbered = [f"worker {i}" for i in range(number)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 from collections.abc import Iterator
@@ -55,8 +56,8 @@ def test_two_workers_pass_and_the_command_says_so(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(preflight, "connect", lambda config: None)  # the cluster is there already
-    monkeypatch.setattr(ray, "shutdown", lambda: None)
+    # The cluster is there already.
+    monkeypatch.setattr(preflight, "connected", lambda config: contextlib.nullcontext(False))
     file = write_config(tmp_path / "c.yaml", **sections)
     preflight.main(["--config", str(file), "--json", str(tmp_path / "out.json")])
     report = json.loads((tmp_path / "out.json").read_text())

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 from unittest import mock
 
 import torch
 
-from arvideo_dist.model.pretraining import Output
 from arvideo_dist.train.engine.engine import Engine
 
 
@@ -19,13 +18,9 @@ def poisoned(places: Mapping[int, str]) -> Iterator[None]:
 
     On whichever rank has the place. An `inf` has a finite gradient of its own, as an overflowed square can have.
     """
-    original = Engine.forward
+    original = Engine.accumulate
 
-    def forward(self: Engine, batch: Any, context_clips: torch.Tensor | None = None) -> Output:
-        output = original(self, batch, context_clips)
-        if not self.module.training:
-            return output
-        loss_b = output.loss_b
+    def poison(loss_b: torch.Tensor, batch: Any) -> torch.Tensor:
         for slot, place in enumerate(batch.places.tolist()):
             here = torch.arange(len(loss_b), device=loss_b.device) == slot
             kind = places.get(place)
@@ -35,7 +30,12 @@ def poisoned(places: Mapping[int, str]) -> Iterator[None]:
                 loss_b = loss_b + torch.where(here, torch.inf, 0.0)
             elif kind == "gradient":
                 loss_b.register_hook(lambda gradient, here=here: torch.where(here, torch.inf, gradient))
-        return output._replace(loss_b=loss_b)
+        return loss_b
 
-    with mock.patch.object(Engine, "forward", forward):
+    def accumulate(self: Engine, batches: Sequence[Any], total_weight: float) -> torch.Tensor:
+        loss = self._loss
+        with mock.patch.object(self, "_loss", lambda forward, batch: poison(loss(forward, batch), batch)):
+            return original(self, batches, total_weight)
+
+    with mock.patch.object(Engine, "accumulate", accumulate):
         yield

@@ -28,9 +28,7 @@ def _attempt(guard: Guard, first: int, last: int, remote: bool) -> None:
     for step in range(first + 1, last + 1):
         micro = places_of_rank((step - 1) * GLOBAL_BATCH, GLOBAL_BATCH, MICRO_BATCH, rank, world_size)
         nothing = torch.zeros(0)
-        batches = [
-            Batch(nothing, nothing, nothing, nothing, places=torch.tensor(places), bad=[]) for places in micro
-        ]
+        batches = [Batch(nothing, {}, nothing, torch.tensor(places), []) for places in micro]
         audit.applied(step, batches)
         if step % 3 == 0:
             audit.flush()
