@@ -32,6 +32,7 @@ def pytest_configure(config: pytest.Config) -> None:
 LONG = (
     "tests/faults",
     "tests/train/test_run.py",
+    "tests/test_pipeline.py",
     "tests/test_job_submit.py",
     "tests/launch/test_elastic.py",
     "tests/train/samples/test_bad_steps.py",

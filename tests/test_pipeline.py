@@ -16,9 +16,9 @@ from data_prep.synthetic import CLASSES
 from tests import warm
 from tests.services.mlflow_server import new_database
 
-TRAIN, HELD_OUT = 480, 120
+TRAIN, HELD_OUT = 960, 120
 SHARED: dict[str, Any] = {
-    "data": {"stride": 6, "workers": 1},
+    "data": {"stride": 8, "workers": 1},
     "model": {"encoder": "demo", "frames": 4, "image_size": 32, "tubelet": [2, 16, 16]},
     "cluster": {"workers": 2, "device": "cpu"},
 }
@@ -33,11 +33,11 @@ FINETUNE = {
     "optim": {"base_lr": 2.4e-3, "warmup_epochs": 1, "layer_decay": 1.0},
     "model": {"drop_path": 0, "head_init_scale": 1.0},
     "augment": {
-        **{"crop_scale": [0.9, 1.0], "crop_ratio": [1.0, 1.0], "rand_augment_operations": 0, "flip": 0},
+        **{"crop_scale": [1.0, 1.0], "crop_ratio": [1.0, 1.0], "rand_augment_operations": 0, "flip": 0},
         **{"erase": 0, "mixup": 0, "cutmix": 0},
     },
-    "train": {"steps": 300, "global_batch": 32, "micro_batch": 16, "log_every_steps": 50},
-    "validation": {"every_steps": 150},
+    "train": {"steps": 400, "global_batch": 32, "micro_batch": 16, "log_every_steps": 50},
+    "validation": {"every_steps": 200},
 }
 
 
@@ -63,7 +63,7 @@ def written(file: Path, *layers: dict[str, Any], **run: Any) -> str:
 def test_a_classifier_from_a_pretrained_encoder_beats_chance_by_five_standard_errors(tmp_path: Path) -> None:
     data, runs = str(tmp_path / "data"), str(tmp_path / "runs")
     for split, number, seed in (("train", TRAIN, 1), ("val", HELD_OUT, 2)):
-        size = ["--width", "32", "--height", "32", "--frames", "24"]
+        size = ["--width", "32", "--height", "32", "--frames", "26"]
         python("data_prep", "synthetic", "--out", data, "--split", split, "--num-videos", str(number),
                "--seed", str(seed), *size)  # fmt: skip
     places = ["--data.path", data, "--tracking.uri", new_database(tmp_path / "mlflow.db")]
