@@ -28,7 +28,7 @@ DATA = {
     "paper": ["--width", "320", "--height", "256", "--frames", "80"],
 }
 RUNS = {
-    "demo": ["--config", str(HERE / "jobs/demo.yaml"), "--validation.every_steps", "10"],
+    "demo": ["--config", "jobs/demo.yaml", "--validation.every_steps", "10"],
     # Table 6's clusters of a 16 x 224 x 224 clip with a narrow encoder, so that two cores take minutes.
     "paper": [
         *("--model.encoder", "tiny", "--decoder.width", "192", "--decoder.depth", "2"),
