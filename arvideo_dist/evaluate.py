@@ -14,7 +14,7 @@ from arvideo_dist.command import start_run
 from arvideo_dist.config.commands import EvaluateConfig, FinetuneConfig
 from arvideo_dist.storage import Storage
 from arvideo_dist.train.checkpoint.layout import FOLDER
-from arvideo_dist.train.trained import classifier_of, open_state
+from arvideo_dist.train.trained import classifier_of
 
 SEGMENT_VIEWS = "2x3"  # as VideoMAE evaluates SSv2
 
@@ -34,26 +34,26 @@ def _add_source(parser: argparse.ArgumentParser) -> None:
 
 def of_source(config: EvaluateConfig, flags: argparse.Namespace) -> EvaluateConfig:
     """The configuration with what the classifier at `flags.source` says. Raises ValueError if there is none."""
+    if changed := config.model.model_fields_set:
+        fields = ", ".join(f"model.{name}" for name in sorted(changed))
+        raise ValueError(f"{fields}: the classifier says its own; leave these unset")
     source = Storage(flags.source).address
     model, trained = classifier_of(source)
     given: dict[str, dict[str, Any]] = {"data": {}, "run": {}, "tracking": {}}
     given |= config.model_dump(exclude_unset=True)
-    name = "evaluation"
+    name, own_path = "evaluation", None
     if trained is not None:
-        opened = open_state(source)
-        name, source = (
-            opened.checkpoint.name,
-            f"{opened.run.address.rstrip('/')}/{FOLDER}/{opened.checkpoint.name}",
-        )
-        _take_over(trained, given)
-        given["run"].setdefault("storage_path", opened.run.child("evaluations").address)
+        name, own_path = trained.checkpoint.name, trained.finetuning.data.path
+        source = trained.run.child(FOLDER).child(name).address
+        _take_over(trained.finetuning, given)
+        given["run"].setdefault("storage_path", trained.run.child("evaluations").address)
     if given["data"].get("sampling") == "segments":
         given.setdefault("evaluation", {}).setdefault("views", SEGMENT_VIEWS)
     given["model"] = model.model_dump() | {"init_from": source}
     split = given["data"].get("split", type(config.data).model_fields["split"].default)
     views = given.get("evaluation", {}).get("views", config.evaluation.views)
     other = ""
-    if (path := given["data"].get("path")) is not None and trained is not None and path != trained.data.path:
+    if (path := given["data"].get("path")) is not None and own_path is not None and path != own_path:
         other = f"-{hashlib.sha256(path.encode()).hexdigest()[:8]}"  # another data set has another folder
     given["run"].setdefault("name", f"{name}-{split}-{views}{other}")
     return EvaluateConfig.model_validate(given)

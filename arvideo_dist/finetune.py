@@ -21,7 +21,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def with_geometry(config: FinetuneConfig, flags: argparse.Namespace) -> FinetuneConfig:
-    """The configuration with the geometry of `model.init_from` where it does not give its own."""
+    """The configuration with the geometry of `model.init_from` if it does not give its own."""
     source, given = config.model.init_from, config.model.model_fields_set
     if source is None:
         return config

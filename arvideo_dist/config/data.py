@@ -117,7 +117,7 @@ class PretrainDataConfig(TrainDataConfig):
         (1.0, 0.875, 0.75, 0.66), description="multi-scale crop: shares of the short side"
     )
     weight: Annotated[float, ALTERS] = Field(
-        1.0, gt=0, description="share of the samples where data.mixture names more data sets"
+        1.0, gt=0, description="share of the samples if data.mixture names more data sets"
     )
     mixture: Annotated[tuple[MixedData, ...], ALTERS] = Field(
         (),

@@ -64,7 +64,7 @@ class AugmentConfig(Section):
         0.5, description="RandAugment: probability of a drawn operation to be applied"
     )
     flip: Annotated[Share, ALTERS] = Field(
-        0.5, description="probability of a horizontal flip; 0 where labels tell left from right, as on SSv2"
+        0.5, description="probability of a horizontal flip; 0 if labels tell left from right, as on SSv2"
     )
     erase: Annotated[Share, ALTERS] = Field(
         0.25, description="probability that a box of all frames is filled with noise"

@@ -34,7 +34,7 @@ class TrainConfig(Section):
 
     epochs: Annotated[float, ALTERS] = Field(800, gt=0, description="passes over the data set")
     steps: Annotated[PositiveInt | None, ALTERS] = Field(
-        None, description="optimiser steps; replaces epochs where set"
+        None, description="optimiser steps; replaces epochs if set"
     )
     global_batch: Annotated[PositiveInt, ALTERS] = Field(
         2048, description="clips of one optimiser step over all workers"

@@ -231,19 +231,20 @@ class ClipSamples:
                 clips[slot] = 0
         return Batch(
             clips=clips,
-            inputs=self._inputs(places),
+            inputs=self._inputs(places, visits),
             weights=weights,
             places=torch.tensor(places),
             bad=bad,
             planes=planes,
         )
 
-    def _inputs(self, places: Sequence[int]) -> dict[str, torch.Tensor]:
-        real = [max(place, 0) for place in places]  # padding needs inputs as well: those of place 0
-        drawn = [
-            self.draw(self.seed, place, self.indexes[located.source][located.row])
-            for place, located in zip(real, self.order.locate(real), strict=True)
-        ]
+    def _inputs(self, places: Sequence[int], visits: Sequence[Visit]) -> dict[str, torch.Tensor]:
+        rows = {clip.place: visit.row for visit in visits for clip in visit.clips}
+        if PAD in places and 0 not in rows:  # padding needs inputs as well: those of place 0
+            (first,) = self.order.locate([0])
+            rows[0] = self.indexes[first.source][first.row]
+        real = [max(place, 0) for place in places]
+        drawn = [self.draw(self.seed, place, rows[place]) for place in real]
         return {name: torch.from_numpy(np.stack([each[name] for each in drawn])) for name in drawn[0]}
 
     def names(self, places: Sequence[int]) -> list[tuple[str, str]]:

@@ -57,11 +57,11 @@ def first_place_of_pair(place: int, repeats: int) -> int:
     return place - repeats if place % unit_places(repeats) >= repeats else place
 
 
-def partner_slots(clips: int, repeats: int) -> torch.Tensor:
+def partner_slots(clips: int, repeats: int, device: torch.device | None = None) -> torch.Tensor:
     """Slot [B] (int64) of each clip's partner in a micro batch that holds whole units."""
     unit = unit_places(repeats)
     assert clips % unit == 0, f"a micro batch of {clips} clips does not hold whole units of {unit}"
-    slots = torch.arange(clips)
+    slots = torch.arange(clips, device=device)
     return slots - slots % unit + (slots + repeats) % unit
 
 
@@ -107,7 +107,7 @@ def mix(
     `targets_bk`: as from `soft_targets`. Everything lies on one device. Clips of any range: mixing before or after
     the colours are normalised is the same.
     """
-    partner_b = partner_slots(len(clips_bcthw), repeats).to(clips_bcthw.device)
+    partner_b = partner_slots(len(clips_bcthw), repeats, clips_bcthw.device)
     both_b = (weights_b > 0) & (weights_b[partner_b] > 0)
     share_b = torch.where(both_b, draws.share, 1.0)
     own_b11hw = _own_share(draws.box, share_b, both_b, clips_bcthw.shape[3], clips_bcthw.shape[4])

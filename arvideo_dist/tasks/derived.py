@@ -50,9 +50,7 @@ class Derived(Workload):
     clusters: int | None  # None for a method without clusters
     kept_tokens_per_cluster: int | None
     global_batch: int
-    padding_per_step: (
-        int  # places of weight 0 where world size x micro batch does not divide the global batch
-    )
+    padding_per_step: int  # places of weight 0, if world size x micro batch does not divide the global batch
     peak_lr: float
     min_lr: float
     total_steps: int | None

@@ -71,6 +71,11 @@ class Scoring:
         places, labels = batch.places.numpy()[used], batch.inputs["label"].numpy()[used]
         return pa.table({"place": places, "label": labels, "scores": scores})
 
+    def no_rows(self) -> pa.Table:
+        """What `rows` gives of a batch in which nothing could be used."""
+        scores = pa.list_(pa.float32(), self.classes)
+        return pa.schema([("place", pa.int64()), ("label", pa.int64()), ("scores", scores)]).empty_table()
+
     def summary(self, rows: pa.Table, index: DatasetIndex) -> Summary:
         """Of the rows of all views. A video of which no view could be used has no part in it.
 

@@ -63,14 +63,11 @@ def train(
         if tracker is not None:
             tracker.leave()
         return interruption
-    if (
-        state.step == state.began_at and "loss/val" not in state.metrics
-    ):  # what it began from was no run's end
+    # What it began from was a checkpoint on the way, not that of a run's end.
+    if state.step == state.began_at and "loss/val" not in state.metrics:
         state.metrics |= training.parts.measure(state.step)
     if dist.get_rank() == 0:
-        best = (
-            {} if state.best is None else {"best_step": state.best["step"], "best_value": state.best["value"]}
-        )
+        best = {f"best_{name}": value for name, value in (state.best or {}).items()}
         _leave_result(assignment.lease.storage(), notes, {"step": state.step, **state.metrics, **best})
     return None
 

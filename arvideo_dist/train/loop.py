@@ -142,9 +142,10 @@ class Training:
         try:
             state.metrics |= self.parts.measure(state.step)
         except RunStoppedError:  # on all ranks; what was learned is none of its fault
-            with self._save_in_flight_ends():
-                self._save()
-                raise
+            self._save()
+            with contextlib.suppress(CheckpointError):
+                self.parts.saver.finish()
+            raise
         self.parts.recorder.meter.reset()
         value = state.metrics.get(self.parts.best_metric or "")
         if value is not None and (state.best is None or value > state.best["value"]):

@@ -44,7 +44,7 @@ from arvideo_dist.train.run.stop import RESULT, Interruption, RunStoppedError
 from arvideo_dist.train.run.watch import Watch
 from arvideo_dist.train.samples.bad_samples import BadSamples
 from arvideo_dist.train.tracking.deferred import DeferredWrites
-from arvideo_dist.train.trained import read_classifier
+from arvideo_dist.train.trained import load_classifier
 
 if TYPE_CHECKING:
     from arvideo_dist.train.tracking.outbox import QueuedTracker  # imports MLflow, which only rank 0 needs
@@ -94,12 +94,11 @@ class Evaluation:
         activity.alone("builds the model")
         self._module = self._task.build()
         try:
-            weights = read_classifier(self._config.model.init_from or "")
-            self._module.load_state_dict(weights, strict=True)
+            load_classifier(self._module, self._config.model.init_from or "")
             start = self._start(digests)
             self._loader = self._make_loader()
             self._task.check(self._loader.samples.indexes)
-        except (ValueError, RuntimeError) as error:  # on all ranks, and a restart would meet the same
+        except ValueError as error:  # on all ranks, and a restart would meet the same
             raise RunStoppedError(str(error)) from error
         self._module.to(device).eval()
         self._notes = DeferredWrites(self._folder)
@@ -186,7 +185,7 @@ class Evaluation:
                 waiting = None
                 self._save()
         self._take(waiting)
-        if self._position > self._saved_position or not self._parts:
+        if self._position > self._saved_position:
             self._save()
         return interruption
 
@@ -261,7 +260,7 @@ class Evaluation:
     def leave_result(self) -> None:
         """Rank 0: join all rows, write what follows from them, and the result last."""
         activity.alone("joins the scores")
-        rows = pa.concat_tables(self._read_parts())
+        rows = pa.concat_tables([self._task.no_rows(), *self._read_parts()])
         summary = self._task.summary(rows, self._loader.samples.indexes[0])
         for name, content in summary.files.items():
             patiently(functools.partial(self._folder.write_bytes, name, content))

@@ -12,11 +12,12 @@ from torch import nn
 from arvideo_dist.config.commands import ROOTS, FinetuneConfig, PretrainConfig, TrainingConfig
 from arvideo_dist.config.finetuning import ClassifierConfig
 from arvideo_dist.config.model import DecoderConfig
+from arvideo_dist.model.classifier import Classifier
 from arvideo_dist.model.interchange import WEIGHTS_ENDINGS, read_classifier_weights, read_encoder
 from arvideo_dist.model.kinds import build_model
 from arvideo_dist.model.pretraining import PretrainingModel
 from arvideo_dist.model.vit import ENCODER_SIZES, Encoder
-from arvideo_dist.storage import Storage
+from arvideo_dist.storage import Storage, shown
 from arvideo_dist.tasks.kinds import task_of
 from arvideo_dist.train.checkpoint.layout import FOLDER, complete_checkpoints
 from arvideo_dist.train.checkpoint.reader import Checkpoint
@@ -118,11 +119,25 @@ def read_classifier(source: str) -> dict[str, torch.Tensor]:
     return trained.load_module().state_dict()
 
 
-def classifier_of(source: str) -> tuple[ClassifierConfig, FinetuneConfig | None]:
-    """The configuration of the classifier at `source` (see `read_classifier`), and that of the run it is from."""
+def load_classifier(module: Classifier, source: str) -> None:
+    """Fill `module` from `source` (see `read_classifier`). ValueError if it is of another size, too."""
+    weights = read_classifier(source)
+    own = module.state_dict()
+    differing = sorted(
+        name
+        for name in weights.keys() | own.keys()
+        if name not in weights or name not in own or weights[name].shape != own[name].shape
+    )
+    if differing:
+        raise ValueError(f"{shown(source)} holds another classifier; parameters that differ: {differing[:5]}")
+    module.load_state_dict(weights)
+
+
+def classifier_of(source: str) -> tuple[ClassifierConfig, Trained | None]:
+    """The configuration of the classifier at `source` (see `read_classifier`), and what it is a checkpoint of."""
     if not is_file_or_folder_of_weights(source):
-        config = open_state(source).finetuning
-        return config.model, config
+        trained = open_state(source)
+        return trained.finetuning.model, trained
     found = geometry_of(source)
     folder = Storage(source)
     content = json.loads(folder.read_bytes("config.json")) if found else {}
@@ -160,7 +175,7 @@ def is_file_or_folder_of_weights(source: str) -> bool:
     """Whether `source` is not a run or one of its checkpoints, by what stands there."""
     if source.endswith(WEIGHTS_ENDINGS):
         return True
-    above, _, name = source.rstrip("/").rpartition("/")
+    above, _, name = source.partition("?")[0].rstrip("/").rpartition("/")
     if above.endswith(FOLDER) and name.startswith("step-"):
         return False
     return not complete_checkpoints(Storage(source))
@@ -168,9 +183,10 @@ def is_file_or_folder_of_weights(source: str) -> bool:
 
 def _find(source: str) -> tuple[Storage, str]:
     """The run and the name of the checkpoint that `source` names."""
-    *above, folder, name = ["", "", *source.rstrip("/").split("/")]
+    path, mark, query = source.partition("?")  # of an address in object storage
+    *above, folder, name = ["", "", *path.rstrip("/").split("/")]
     if folder == FOLDER:
-        run = Storage("/".join(above[2:]) or ("/" if source.startswith("/") else "."))
+        run = Storage(("/".join(above[2:]) or ("/" if source.startswith("/") else ".")) + mark + query)
         if name not in complete_checkpoints(run):
             raise ValueError(f"{source} is not a complete checkpoint; {run.uri} has {_listed(run)}")
         return run, name

@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -30,7 +31,7 @@ from arvideo_dist.train.assignment import Assignment
 from arvideo_dist.train.checkpoint.layout import FOLDER, complete_checkpoints
 from arvideo_dist.train.compose import train
 from arvideo_dist.train.run.lease import acquire
-from arvideo_dist.train.run.stop import RESULT
+from arvideo_dist.train.run.stop import RESULT, StoreAwayError
 from arvideo_dist.train.trained import read_weights
 from tests.train.distributed import run_ranks
 from tests.train.runs import make_data
@@ -265,3 +266,52 @@ def test_weights_of_another_size_are_refused_by_name(folder: Path, whole: dict) 
     module = task.build()
     with pytest.raises(ValueError, match=r"model\.init_from .*whole: it holds another encoder"):
         task.start_from(module, lambda source: weights)
+
+
+def damage(data: Path, videos: int) -> None:
+    """Overwrite the first `videos` videos of the held-out split."""
+    storage = Storage(str(data))
+    for row in pq.read_table(pa.BufferReader(storage.read_bytes("index-val.parquet"))).to_pylist()[:videos]:
+        with open(data / row["shard"], "r+b") as shard:
+            shard.seek(row["offset"])
+            shard.write(bytes(row["size"]))
+
+
+@pytest.mark.parametrize("videos", [3, VIDEOS])
+def test_videos_that_cannot_be_read_are_counted_and_named_and_have_no_part_in_the_accuracy(
+    folder: Path, whole: dict, alone: Storage, tmp_path: Path, videos: int
+) -> None:
+    make_data(tmp_path / "data")
+    damage(tmp_path / "data", videos)
+    data = {"path": str(tmp_path / "data"), "split": "val", "stride": 2, "max_bad_fraction": 1.0}
+    run = evaluated(evaluate_config(folder, f"bad-{videos}", data={"workers": 0, **data}), (2, None))
+    result = json.loads(run.read_bytes(RESULT))
+    assert (result["videos"], result["bad_samples"]) == (VIDEOS - videos, videos * VIEWS)
+    listed = pq.read_table(pa.BufferReader(run.read_bytes("bad_samples.parquet"))).to_pylist()
+    assert [row["places"] for row in listed] == [VIEWS] * videos
+    if videos == VIDEOS:
+        assert "accuracy/top1" not in result
+        assert read_scores(run).num_rows == 0
+    else:
+        assert read_scores(run).equals(read_scores(alone).slice(videos * VIEWS))
+
+
+def _score_without_its_saves(assignment: Assignment) -> str:
+    try:
+        _score(assignment, None)
+    except StoreAwayError as error:
+        return str(error)
+    return ""
+
+
+def test_an_evaluation_whose_saves_are_away_is_waited_for_and_not_stopped(folder: Path, whole: dict) -> None:
+    with mock.patch.dict(ENCODER_SIZES, {"demo": SIZE}):
+        for assignment in assigned(evaluate_config(folder, "away")):
+            (said,) = run_ranks(1, _score_without_its_saves, replace(assignment, seen=7))
+    assert "step-00000007 was seen there" in said
+
+
+def test_what_the_classifier_says_of_itself_cannot_be_given(folder: Path) -> None:
+    given = EvaluateConfig.model_validate({"model": {"frames": 8}})
+    with pytest.raises(ValueError, match=r"model\.frames: the classifier says its own"):
+        of_source(given, mock.Mock(source=str(folder / "runs" / "whole")))
