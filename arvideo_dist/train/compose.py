@@ -95,7 +95,10 @@ def compose(
     engine = Engine(module, task.loss, groups, config.train, config.optim, device, derived.accumulation_steps)
     if start is not None:
         activity.alone("reads the optimiser's state")
-        start.load_optimizer(engine)
+        try:
+            start.load_optimizer(engine)
+        except ValueError as error:  # on all ranks, and a restart would meet the same
+            raise RunStoppedError(str(error)) from error
     kept: Mapping[str, Any] = start.state if start is not None else {}
     position, step = kept.get("position", 0), kept.get("step", 0)
     state = State(position, step, kept.get("metrics", {}), kept.get("best"), began_at=step, saved_at=step)

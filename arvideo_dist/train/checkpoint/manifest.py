@@ -35,13 +35,36 @@ class FragmentEntry(BaseModel):
     part: str
 
 
+class TensorEntry(BaseModel):
+    """A tensor that is stored whole; `dtype` by PyTorch's name, such as `int64`."""
+
+    model_config = ConfigDict(extra="forbid")
+    shape: list[int]
+    dtype: str
+
+
+class UntrainedEntry(BaseModel):
+    """Frozen parameters and persistent buffers, by name; `part` holds them all."""
+
+    model_config = ConfigDict(extra="forbid")
+    part: str
+    tensors: dict[str, TensorEntry]
+
+
 class CheckpointManifest(BaseModel):
     model_config = ConfigDict(extra="forbid")
     format_version: int = FORMAT_VERSION
-    shapes: dict[str, list[int]]
-    fragments: list[FragmentEntry]
+    shapes: dict[str, list[int]]  # of the parameters that the optimiser updates
+    fragments: list[FragmentEntry]  # of these
+    untrained: UntrainedEntry | None = None  # None if the optimiser updates all that the module holds
     parts: list[FileEntry]
     state: FileEntry
+
+    def kinds_of_tensors(self) -> dict[str, tuple[list[int], str]]:
+        """Shape and type of every tensor of the module that was saved, by name."""
+        untrained = {} if self.untrained is None else self.untrained.tensors
+        trained = {name: (shape, "float32") for name, shape in self.shapes.items()}
+        return trained | {name: (tensor.shape, tensor.dtype) for name, tensor in untrained.items()}
 
 
 def versions() -> dict[str, str]:
@@ -60,6 +83,11 @@ def check_coverage(manifest: CheckpointManifest) -> None:
         assert ends[name] == torch.Size(shape).numel(), f"{name} is written up to {ends[name]} of {shape}"
 
 
-def shape_of(parameter: torch.nn.Parameter) -> list[int]:
-    """The parameter's own shape, also where ZeRO-3 has emptied it."""
-    return list(getattr(parameter, "ds_shape", parameter.shape))
+def shape_of(tensor: torch.Tensor) -> list[int]:
+    """The tensor's own shape, also that of a parameter which ZeRO-3 has emptied."""
+    return list(getattr(tensor, "ds_shape", tensor.shape))
+
+
+def type_name(tensor: torch.Tensor) -> str:
+    """PyTorch's name of its type, such as `int64`."""
+    return str(tensor.dtype).removeprefix("torch.")

@@ -29,7 +29,6 @@ _REQUEST_BYTES = 32 * 2**20
 # A request costs tens of milliseconds; what lies between two wanted ranges costs less to read where it is short.
 _HOLE_BYTES = 64 * 2**10
 _FIRST_BYTES = 8 * 2**10  # of a part: with some tens of ranks they hold its whole header
-_ITEM_BYTES = 4  # all tensors are fp32
 
 
 class Slice(NamedTuple):
@@ -65,10 +64,11 @@ def read_slices(run: Storage, slices: Iterable[Slice]) -> None:
         requests = [r for part, header in headers for r in _requests(header, by_part[part])]
         for request, content in _ahead(threads, functools.partial(_read, run), requests):
             for begin, target in request.pieces:
+                wanted = target.view(torch.uint8)  # whatever its type, which the caller has compared
                 values = torch.frombuffer(
-                    content, dtype=torch.float32, count=target.numel(), offset=begin - request.begin
+                    content, dtype=torch.uint8, count=wanted.numel(), offset=begin - request.begin
                 )
-                target.copy_(values)
+                wanted.copy_(values)
 
 
 def _ahead(
@@ -114,11 +114,13 @@ def _requests(header: dict[str, int], slices: list[Slice]) -> list[_Request]:
     """The fewest requests for `slices` of one part that are not too large and bridge no long hole."""
     found: list[_Request] = []
     for first, each in sorted(
-        ((header[s.name] + _ITEM_BYTES * s.start, s) for s in slices), key=lambda placed: placed[0]
+        ((header[s.name] + s.target.element_size() * s.start, s) for s in slices),
+        key=lambda placed: placed[0],
     ):
-        for number, target in enumerate(each.target.split(_REQUEST_BYTES // _ITEM_BYTES)):
+        item_bytes = each.target.element_size()
+        for number, target in enumerate(each.target.split(_REQUEST_BYTES // item_bytes)):
             begin = first + number * _REQUEST_BYTES
-            end = begin + _ITEM_BYTES * target.numel()
+            end = begin + item_bytes * target.numel()
             last = found[-1] if found else None
             if last and begin - last.end <= _HOLE_BYTES and end - last.begin <= _REQUEST_BYTES:
                 last.end = end

@@ -2,6 +2,7 @@
 
     <run>/checkpoints/step-00000500/
         part-00000-of-00002-1f0c9a3e.safetensors   each rank's fragments: weight/, exp_avg/ and exp_avg_sq/<name>
+        untrained-1f0c9a3e.safetensors             frozen parameters and persistent buffers, if there are some
         state.json                                 position, optimiser steps, configuration, versions, ...
         manifest.json                              sizes and digests of these, and where each fragment belongs
 
@@ -15,7 +16,7 @@ import functools
 import hashlib
 import json
 import socket
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -31,9 +32,11 @@ from arvideo_dist.train.checkpoint.manifest import (
     CheckpointManifest,
     FragmentEntry,
     shape_of,
+    type_name,
 )
 from arvideo_dist.train.checkpoint.parts import Slice, read_slices
 from arvideo_dist.train.checkpoint.seen import not_seen_again
+from arvideo_dist.train.checkpoint.untrained import broadcast, persistent_buffers
 from arvideo_dist.train.engine import zero_state
 from arvideo_dist.train.engine.engine import Engine
 from arvideo_dist.train.health.activity import activity
@@ -86,38 +89,46 @@ class Checkpoint:
         return digest.hexdigest()
 
     def load_weights(self, module: torch.nn.Module, control: dist.ProcessGroup | None = None) -> None:
-        """Copy the fp32 weights into `module`, which must have exactly the checkpoint's parameters.
+        """Copy weights and buffers into `module`, which must have exactly the checkpoint's tensors.
 
         With `control`, a gloo group, collective: its rank 0 reads and gives them to the others, so that the store
         is asked once whatever the number of ranks.
         """
-        parameters = dict(module.named_parameters())
-        shapes = {name: shape_of(parameter) for name, parameter in parameters.items()}
-        if shapes != self.manifest.shapes:
-            differing = sorted(
-                name
-                for name in shapes.keys() | self.manifest.shapes.keys()
-                if shapes.get(name) != self.manifest.shapes.get(name)
-            )
+        tensors: dict[str, torch.Tensor] = {**dict(module.named_parameters()), **persistent_buffers(module)}
+        wanted = {name: (shape_of(tensor), type_name(tensor)) for name, tensor in tensors.items()}
+        if wanted != (held := self.manifest.kinds_of_tensors()):
+            differing = sorted(n for n in wanted.keys() | held.keys() if wanted.get(n) != held.get(n))
             raise ValueError(
-                f"{self} holds another model than the configuration asks for; parameters that differ: "
+                f"{self} holds another model than the configuration asks for; tensors that differ: "
                 f"{', '.join(differing[:5])}{' ...' if len(differing) > 5 else ''}. "
                 "Use the run's own model settings, or another run.name"
             )
         if control is None or dist.get_rank(control) == 0:
-            self._read(("weight", name, 0, p.detach().view(-1)) for name, p in parameters.items())
-        for parameter in parameters.values() if control is not None else ():
-            dist.broadcast(parameter.detach(), group_src=0, group=control)
+            self._read(("weight", name, 0, tensors[name].detach().view(-1)) for name in self.manifest.shapes)
+            self._read_untrained(tensors)
+        if control is not None:
+            for tensor in tensors.values():
+                broadcast(tensor, control)
 
     def load_optimizer(self, engine: Engine) -> None:
-        """Set this rank's AdamW moments and step count, from those parts that hold some of them."""
+        """Set this rank's AdamW moments and step count, from those parts that hold some of them.
+
+        ValueError, on all ranks, if parameters are trained now that were frozen, which have no moments, or frozen
+        that were trained, whose moments would be lost.
+        """
+        trained = {name for name, parameter in engine.module.named_parameters() if parameter.requires_grad}
+        if differing := sorted(trained ^ self.manifest.shapes.keys()):
+            raise ValueError(
+                f"{self} was saved with other parameters frozen than are now; those that differ: {differing[:5]}"
+            )
         zero_state.create_moments(engine, self.state["optimizer_steps"])
         self._read_held(engine, zero_state.MOMENTS)
 
     def restore(self, engine: Engine) -> None:
-        """Weights, moments and step count of an engine that has trained on become this checkpoint's. Collective."""
+        """All that training changes in an engine becomes this checkpoint's. Collective."""
         with zero_state.weights_change(engine):
             self._read_held(engine, ("weight",))
+        self._read_untrained(persistent_buffers(engine.module))
         self.load_optimizer(engine)
 
     def _read_held(self, engine: Engine, kinds: tuple[str, ...]) -> None:
@@ -126,6 +137,17 @@ class Checkpoint:
             for fragment in zero_state.held_fragments(engine)
             for kind in kinds
         )
+
+    def _read_untrained(self, targets: Mapping[str, torch.Tensor]) -> None:
+        """Fill those of `targets` (by name) that are not trained."""
+        entry = self.manifest.untrained
+        if entry is None:
+            return
+        part, wanted = f"{self._folder}/{entry.part}", entry.tensors.keys() & targets.keys()
+        whole = {name: targets[name].detach().contiguous() for name in wanted}
+        read_slices(self._run, [Slice(part, name, 0, tensor.view(-1)) for name, tensor in whole.items()])
+        for name, tensor in whole.items():
+            targets[name].detach().copy_(tensor)
 
     def _read(self, targets: Iterable[tuple[str, str, int, torch.Tensor]]) -> None:
         """Fill flat `targets` (kind, parameter, its first element there, tensor) with what is stored.

@@ -13,8 +13,8 @@ nothing of itself. The training goes on and the next save is due sooner, after a
 `run.max_failed_saves` have failed in a row the run stops, since it would only lose more.
 
 Memory: every rank holds its share of the state once more on the host, 12 bytes a parameter over the number of
-ranks, allocated at start (pinned on a GPU machine, where the allocator rounds up to a power of two). Object
-storage may hold as much again in pieces that are on their way.
+ranks, allocated at start (pinned on a GPU machine, where the allocator rounds up to a power of two); rank 0 holds
+the frozen parameters too. Object storage may hold as much again in pieces that are on their way.
 """
 
 from __future__ import annotations
@@ -42,6 +42,7 @@ from arvideo_dist.train.checkpoint.manifest import (
     CheckpointError,
     CheckpointManifest,
     FragmentEntry,
+    UntrainedEntry,
     check_coverage,
     shape_of,
 )
@@ -81,21 +82,6 @@ _TOLD = 3  # kinds of failure that a message tells
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 30.0, 600.0
 
 
-def refuse_what_a_save_lacks(engine: Engine) -> None:
-    """RunStoppedError if the module has state that no checkpoint would hold, which is what the optimiser does not
-    update: frozen parameters, and buffers that are part of its state."""
-    names = {name for name, _ in engine.module.named_parameters()}
-    frozen = [name for name, parameter in engine.module.named_parameters() if not parameter.requires_grad]
-    buffers = sorted(engine.module.state_dict().keys() - names)
-    if frozen or buffers:
-        listed = ", ".join([*frozen, *buffers][:5])
-        raise RunStoppedError(
-            f"a checkpoint of this module could not be resumed from: it has {len(frozen)} frozen parameters and "
-            f"{len(buffers)} persistent buffers ({listed}), which checkpoints do not hold. Put the parameters into "
-            "a group of the task, and register buffers that can be made anew with persistent=False"
-        )
-
-
 def _nothing() -> None:
     pass
 
@@ -131,7 +117,6 @@ class Saver:
         the run began from, `damaged`: names of newer ones that it could not use. `failed_before`: `failures_in_all`
         of the workers before.
         """
-        refuse_what_a_save_lacks(engine)
         self._run, self._engine, self._options = run, engine, options
         self._say, self._flush, self._report, self._published = say, flush, report, published
         self._retention = Retention(run, options.keep_last, options.keep_every, damaged)
@@ -141,6 +126,7 @@ class Saver:
         self._snapshot = Snapshot(engine)
         self._thread: threading.Thread | None = None
         self._failure: Exception | None = None
+        self._buffers_differ = False  # which has been said
         self._failed_at = 0.0
         self._failures = 0  # in a row
         self._best: str | None = None  # name of the checkpoint that is kept for its metric
@@ -287,31 +273,45 @@ class Saver:
         name = checkpoint_name(step)
         folder = f"{FOLDER}/{name}"
         replaces = False  # a damaged checkpoint of the same step
+        untrained: tuple[FileEntry, UntrainedEntry] | None = None
 
-        def prepare() -> str | None:
+        def prepare() -> tuple[str, str]:
             nonlocal replaces
             self._snapshot.complete()
-            if self._rank:
-                return None
-            replaces = clear_leftovers(self._run, name)
-            return secrets.token_hex(4)
+            if self._rank == 0:
+                replaces = clear_leftovers(self._run, name)
+            return secrets.token_hex(4), self._snapshot.untrained.buffers_digest()
 
         def publish() -> None:
             if self._rank == 0:
-                self._publish(folder, written, state)
+                self._publish(folder, written, untrained, state)
                 self._say(f"step {step}  checkpoint {name} is complete")
                 self._published(step)
                 self._retain(name, weights, replaces=replaces)
 
         def write() -> tuple[FileEntry, list[FragmentEntry]]:
+            nonlocal untrained
             self._flush()
+            if self._rank == 0 and not self._snapshot.untrained.is_empty:
+                part = f"untrained-{token}.safetensors"
+                untrained = self._snapshot.write_untrained(self._run, folder, part)
+            part = f"part-{self._rank:05d}-of-{self._world_size:05d}-{token}.safetensors"
             return self._snapshot.write(self._run, folder, part)
 
-        token = self._together(folder, prepare)[0]
+        prepared = self._together(folder, prepare)
         # The token makes the names this save's own: no straggler of another attempt can write over its parts.
-        part = f"part-{self._rank:05d}-of-{self._world_size:05d}-{token}.safetensors"
+        token = prepared[0][0]
+        self._say_if_buffers_differ([digest for _, digest in prepared])
         written = self._together(folder, write)
         self._together(folder, publish)
+
+    def _say_if_buffers_differ(self, digests: list[str]) -> None:
+        if len(set(digests)) > 1 and not self._buffers_differ:
+            self._buffers_differ = True
+            self._say(
+                "the module's buffers differ between ranks: checkpoints hold those of rank 0, and a run that is "
+                "continued from one is not the same to the bit"
+            )
 
     def _retain(self, name: str, weights: int | None, *, replaces: bool) -> None:
         try:
@@ -352,12 +352,18 @@ class Saver:
         return [result for result, _ in outcomes]
 
     def _publish(
-        self, folder: str, written: list[tuple[FileEntry, list[FragmentEntry]]], state: bytes
+        self,
+        folder: str,
+        written: list[tuple[FileEntry, list[FragmentEntry]]],
+        untrained: tuple[FileEntry, UntrainedEntry] | None,
+        state: bytes,
     ) -> None:
+        parameters = self._engine.module.named_parameters()
         manifest = CheckpointManifest(
-            shapes={name: shape_of(p) for name, p in self._engine.module.named_parameters()},
+            shapes={name: shape_of(parameter) for name, parameter in parameters if parameter.requires_grad},
             fragments=[fragment for _, fragments in written for fragment in fragments],
-            parts=[entry for entry, _ in written],
+            untrained=None if untrained is None else untrained[1],
+            parts=[*(entry for entry, _ in written), *([] if untrained is None else [untrained[0]])],
             state=FileEntry(name=STATE, size=len(state), sha256=hashlib.sha256(state).hexdigest()),
         )
         check_coverage(manifest)

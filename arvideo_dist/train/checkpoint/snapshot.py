@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,10 +13,8 @@ import torch
 
 from arvideo_dist.data.index import FileEntry
 from arvideo_dist.storage import Storage
-from arvideo_dist.train.checkpoint.manifest import (
-    KINDS,
-    FragmentEntry,
-)
+from arvideo_dist.train.checkpoint.manifest import KINDS, FragmentEntry, UntrainedEntry
+from arvideo_dist.train.checkpoint.untrained import Untrained
 from arvideo_dist.train.engine import zero_state
 from arvideo_dist.train.engine.engine import Engine
 from arvideo_dist.train.health.activity import activity
@@ -25,10 +23,13 @@ _CHUNK_BYTES = 8 * 2**20
 
 
 class Snapshot:
-    """A copy on the host of what this rank writes, in the byte order of its safetensors part."""
+    """A copy on the host of what this rank writes: its fragments in the byte order of its safetensors part, and
+    what the optimiser does not update."""
 
     def __init__(self, engine: Engine) -> None:
+        """Collective."""
         self._engine = engine
+        self.untrained = Untrained(engine)
         self._fragments = zero_state.owned_fragments(engine)
         # Kind by kind, so that who wants weights alone reads one stretch.
         sizes = {f"{kind}/{f.name}": f.stop - f.start for kind in KINDS for f in self._fragments}
@@ -52,6 +53,7 @@ class Snapshot:
         states = [zero_state.state_of(self._engine, fragment) for fragment in self._fragments]
         self._sources = [state[kind].detach() for kind in KINDS for state in states]
         self._copied_on_host.clear()
+        self.untrained.begin()
         if self._stream is not None:
             assert self._copied_on_device is not None
             self._stream.wait_stream(torch.cuda.current_stream(self._engine.device))
@@ -72,6 +74,8 @@ class Snapshot:
         try:
             if self._copied_on_device is not None:
                 self._copied_on_device.synchronize()
+                with torch.cuda.stream(self._stream):
+                    self.untrained.complete()
             else:
                 for target, source in zip(self._targets, self._sources, strict=True):
                     np.copyto(target.numpy(), source.numpy())  # one thread, and not Python's lock
@@ -80,26 +84,39 @@ class Snapshot:
             self._copied_on_host.set()
 
     def write(self, run: Storage, folder: str, part: str) -> tuple[FileEntry, list[FragmentEntry]]:
-        """Background: the copy as member `part`, its digest taken on the way."""
+        """Background: the fragments as member `part`."""
+        values = self._values.view(torch.uint8).numpy()
+        written = self._stream_out(run, folder, part, [self._header, values.data])
+        entries = [FragmentEntry(name=f.name, start=f.start, stop=f.stop, part=part) for f in self._fragments]
+        return written, entries
+
+    def write_untrained(self, run: Storage, folder: str, part: str) -> tuple[FileEntry, UntrainedEntry]:
+        """Background, on rank 0: frozen parameters and buffers as member `part`."""
+        content = memoryview(self.untrained.content())
+        return self._stream_out(run, folder, part, [content]), self.untrained.entry(part)
+
+    def _stream_out(
+        self, run: Storage, folder: str, part: str, content: Sequence[bytes | memoryview]
+    ) -> FileEntry:
+        """Write a member piece by piece, its digest taken on the way."""
         digest, size = hashlib.sha256(), 0
         if not run.is_local:
             self.uploading.set()
         try:
             with run.streaming(f"{folder}/{part}") as file:
-                for piece in self._pieces():
+                for piece in _pieces(content):
                     digest.update(piece)
                     size += file.write(piece)
         finally:
             self.uploading.clear()
-        entries = [FragmentEntry(name=f.name, start=f.start, stop=f.stop, part=part) for f in self._fragments]
-        return FileEntry(name=part, size=size, sha256=digest.hexdigest()), entries
+        return FileEntry(name=part, size=size, sha256=digest.hexdigest())
 
-    def _pieces(self) -> Iterator[bytes | memoryview]:
-        yield self._header
-        content = self._values.view(torch.uint8).numpy()
-        for begin in range(0, len(content), _CHUNK_BYTES):
+
+def _pieces(content: Sequence[bytes | memoryview]) -> Iterator[bytes | memoryview]:
+    for whole in content:
+        for begin in range(0, len(whole), _CHUNK_BYTES):
             activity.tick()  # a slow disk is no hang while it takes pieces
-            yield content[begin : begin + _CHUNK_BYTES].data
+            yield whole[begin : begin + _CHUNK_BYTES]
 
 
 def _safetensors_header(sizes: dict[str, int]) -> bytes:

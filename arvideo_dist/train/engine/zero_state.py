@@ -15,7 +15,7 @@ stage 3      each parameter is cut evenly over the ranks (the last part padded);
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -60,6 +60,27 @@ def owned_fragments(engine: Engine) -> list[Fragment]:
         if stop > start:
             shares.append(Fragment(whole.name, start, stop, whole.partition, start))
     return shares
+
+
+def frozen_parameters(engine: Engine) -> dict[str, torch.Tensor]:
+    """Copies on the host of the parameters that the optimiser does not update, on rank 0 alone. Collective."""
+    found = {}
+    for name, parameter in engine.module.named_parameters():
+        if parameter.requires_grad:
+            continue
+        with _whole(engine, parameter):  # one at a time: together they may be more than a device has room for
+            if dist.get_rank() == 0:
+                found[name] = parameter.detach().to("cpu", copy=True)
+    return found
+
+
+def _whole(engine: Engine, parameter: torch.nn.Parameter) -> AbstractContextManager[None]:
+    if engine.stage < 3:
+        return nullcontext()
+    import deepspeed
+
+    gathered: AbstractContextManager[None] = deepspeed.zero.GatheredParameters([parameter])
+    return gathered
 
 
 def state_of(engine: Engine, fragment: Fragment) -> dict[str, torch.Tensor]:
@@ -118,7 +139,8 @@ def _adamw(engine: Engine) -> torch.optim.Optimizer:
 
 def _stage_0(engine: Engine, names: dict[int, str]) -> Iterator[Fragment]:
     for parameter in engine.module.parameters():
-        yield Fragment(names[id(parameter)], 0, parameter.numel(), parameter, 0)
+        if parameter.requires_grad:
+            yield Fragment(names[id(parameter)], 0, parameter.numel(), parameter, 0)
 
 
 def _stage_1_2(engine: Engine, names: dict[int, str]) -> Iterator[Fragment]:
