@@ -122,7 +122,7 @@ def check_shared_memory(
 
 def check_memory(needs: Needs, workers_here: int) -> Finding:
     """Memory that is free, within the container's limit too, against all that the workers here will take of it."""
-    free, required = _free_memory(), needs.memory.total * workers_here
+    free, required = free_memory(), needs.memory.total * workers_here
     found = f"{_size(free)} free, {workers_here} workers take up to {_size(required)}, each: {_parts(needs.memory)}"
     if free < required:  # what a process that has just ended held may not be back yet
         remedy = f"{_smaller(needs.memory, free / workers_here)}, or raise the container's memory limit"
@@ -259,19 +259,31 @@ def _driver_version() -> str | None:
     return match[1] if match else None
 
 
-def _free_memory() -> int:
-    """Bytes: what the machine has, and what its control group (version 2) leaves."""
+# Limit, use and statistics of this process's control group as a container sees them, and what the cache's share is
+# called there: version 2, version 1.
+_CONTROL_GROUPS = (
+    ("memory.max", "memory.current", "memory.stat", "inactive_file"),
+    (
+        "memory/memory.limit_in_bytes",
+        "memory/memory.usage_in_bytes",
+        "memory/memory.stat",
+        "total_inactive_file",
+    ),
+)
+
+
+def free_memory(groups: Path = Path("/sys/fs/cgroup")) -> int:
+    """Bytes: what the machine has, and what its control group leaves."""
     free: int = psutil.virtual_memory().available
-    try:
-        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
-        if limit != "max":
-            used = int(Path("/sys/fs/cgroup/memory.current").read_text())
-            statistics = dict(
-                line.split() for line in Path("/sys/fs/cgroup/memory.stat").read_text().splitlines()
-            )
-            free = min(free, int(limit) - used + int(statistics["inactive_file"]))  # a cache that yields
-    except OSError:  # no such control group
-        pass
+    for limit_file, used_file, statistics_file, cache in _CONTROL_GROUPS:
+        try:
+            limit = (groups / limit_file).read_text().strip()
+            used = int((groups / used_file).read_text())
+            statistics = dict(line.split() for line in (groups / statistics_file).read_text().splitlines())
+        except OSError:  # no group of this version
+            continue
+        if limit != "max":  # version 1 gives a huge number instead
+            free = min(free, int(limit) - used + int(statistics[cache]))  # a cache that yields
     return free
 
 

@@ -155,3 +155,41 @@ def test_shard_cache_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     found = check_disk(config, _needs(data=data))[1]
     assert found.level is Level.ERROR
     assert "cannot be written (Not a directory): set data.shard_cache" in found.message
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_memory_that_the_control_group_leaves_counts_and_its_cache_yields(
+    tmp_path: Path, version: int
+) -> None:
+    files = {
+        1: {
+            "memory/memory.limit_in_bytes": 300 * MIB,
+            "memory/memory.usage_in_bytes": 250 * MIB,
+            "memory/memory.stat": f"cache 9\ntotal_inactive_file {60 * MIB}",
+        },
+        2: {
+            "memory.max": 300 * MIB,
+            "memory.current": 250 * MIB,
+            "memory.stat": f"anon 9\ninactive_file {60 * MIB}",
+        },
+    }
+    (tmp_path / "memory").mkdir()
+    for name, content in files[version].items():
+        (tmp_path / name).write_text(f"{content}\n")
+    assert machine.free_memory(tmp_path) == 110 * MIB
+
+
+@pytest.mark.parametrize("limit", ["max", str(2**63 - 4096)])
+def test_a_control_group_without_a_limit_leaves_what_the_machine_has(tmp_path: Path, limit: str) -> None:
+    folder = tmp_path if limit == "max" else tmp_path / "memory"
+    names = (
+        ("memory.max", "memory.current")
+        if limit == "max"
+        else ("memory.limit_in_bytes", "memory.usage_in_bytes")
+    )
+    folder.mkdir(exist_ok=True)
+    for name, content in zip(
+        (*names, "memory.stat"), (limit, 0, "inactive_file 0\ntotal_inactive_file 0"), strict=True
+    ):
+        (folder / name).write_text(f"{content}\n")
+    assert machine.free_memory(tmp_path) > 300 * MIB

@@ -96,7 +96,7 @@ def test_the_largest_micro_batch_is_the_largest_that_fits() -> None:
 
 
 def _check(free: float, monkeypatch: pytest.MonkeyPatch, workers_here: int = 2, **train: Any) -> Any:
-    monkeypatch.setattr(machine, "_free_memory", lambda: int(free))
+    monkeypatch.setattr(machine, "free_memory", lambda: int(free))
     config = PretrainConfig.model_validate(
         {
             "train": {"global_batch": 256, "micro_batch": 32, **train},

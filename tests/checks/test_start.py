@@ -138,7 +138,7 @@ def test_a_disk_without_room_is_said_before_ray_starts_and_stops_a_new_run_only(
 def test_a_machine_too_small_for_all_workers_is_said_before_ray_starts_on_it(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(machine, "_free_memory", lambda: 2**20)
+    monkeypatch.setattr(machine, "free_memory", lambda: 2**20)
     config = _config(folder, optim={"warmup_epochs": 0}, train={**TINY["train"], "global_batch": 4})
     with pytest.raises(
         ValueError, match=r"(?s)cannot start; mend:\n  memory: 1 MiB free, 2 workers take up to"
