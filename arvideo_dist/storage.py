@@ -162,6 +162,21 @@ class Storage:
         else:
             self._upload(name, pa.py_buffer(data))
 
+    def append(self, name: str, content: bytes) -> None:
+        """Add `content` to the end of local file `name`: all of it or, if that raises OSError, nothing."""
+        assert self.is_local, "object storage cannot append"
+        self._before_change()
+        path = Path(self.path(name))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "ab", buffering=0) as file:
+            before = file.tell()
+            try:
+                if file.write(content) < len(content):
+                    raise OSError(errno.ENOSPC, "only a part was written", str(path))
+            except OSError:
+                file.truncate(before)
+                raise
+
     def put_file(self, local: Path, name: str) -> None:
         """Publish a copy of the finished file `local` as member `name`."""
         if self.is_local:

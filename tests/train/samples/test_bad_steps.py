@@ -39,7 +39,7 @@ from arvideo_dist.train.engine.engine import Engine
 from arvideo_dist.train.run.lease import Guard, acquire
 from arvideo_dist.train.run.stop import Interruption, RunStoppedError
 from arvideo_dist.train.run.watch import Watch
-from arvideo_dist.train.samples.audit import Audit, applied_places
+from arvideo_dist.train.samples.audit import applied_places
 from arvideo_dist.train.samples.bad_steps import ROLLBACKS_TAG, BadSteps
 from arvideo_dist.train.tracking import runs as tracking
 from arvideo_dist.train.tracking.deferred import DeferredWrites
@@ -311,14 +311,15 @@ def _crashing(places: list[int]) -> Iterator[None]:
 @contextlib.contextmanager
 def _audit_waits() -> Iterator[None]:
     """The step loop's own thread finds a full disk on every rank."""
-    original = Audit.flush
+    original = DeferredWrites._write
 
-    def flush(self: Audit) -> None:
-        if threading.current_thread() is threading.main_thread():
+    def write(self: DeferredWrites) -> None:
+        of_audit = any(name.startswith("audit/") for name in self._waiting)
+        if of_audit and threading.current_thread() is threading.main_thread():
             raise OSError("No space left on device")
         original(self)
 
-    with mock.patch.object(Audit, "flush", flush):
+    with mock.patch.object(DeferredWrites, "_write", write):
         yield
 
 
