@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 # From the bottom up; a module imports from its own line and those before. What stands in no line is a command.
 LAYERS = (
-    ("s3", "storage", "processes", "stacks", "hardware"),
+    ("s3", "storage", "processes", "stacks", "hardware", "threads"),
     ("data",),
     ("config",),
     ("model",),

@@ -33,13 +33,13 @@ import threading
 import time
 import uuid
 from collections.abc import Callable
-from types import TracebackType
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from arvideo_dist.processes import namespace_of, process_identity
 from arvideo_dist.storage import Storage, patiently
+from arvideo_dist.threads import BlockThread
 
 FOLDER = "lease"
 
@@ -171,7 +171,7 @@ class GuardedStorage(Storage):
         self.guard.check()
 
 
-class Lease:
+class Lease(BlockThread):
     """A lease that this driver holds: renewed by a thread, given back on exit from the `with` block."""
 
     def __init__(self, guard: Guard, record: Record, newest_step: Callable[[Storage], int]) -> None:
@@ -181,19 +181,10 @@ class Lease:
         self._seen, self._seeing = record.newest_step, threading.Lock()
         self.stop_reason: str | None = None  # why the run was asked to stop, if it was
         self._widen: str | None = None
-        self._wake, self._ended = threading.Event(), threading.Event()
-        self._thread = threading.Thread(target=self._keep, name="lease", daemon=True)
+        super().__init__("lease")
 
-    def __enter__(self) -> Lease:
-        self._thread.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._ended.set()
-        self._wake.set()
-        self._thread.join()
+    def __exit__(self, *error: object) -> None:
+        super().__exit__(*error)
         with contextlib.suppress(LeaseLostError):  # whose it is now has been said
             try:
                 self._write(released=True)
@@ -207,7 +198,7 @@ class Lease:
     def ask_to_stop(self, reason: str) -> None:
         """Let the workers save and end at their next step."""
         self.stop_reason = reason
-        self._wake.set()
+        self.wake()
 
     def saw(self, step: int) -> int:
         """Somebody saw a checkpoint of `step`; returns the newest step that anybody has seen, 0 for none."""
@@ -218,7 +209,7 @@ class Lease:
     def ask_to_widen(self, workers: str) -> None:
         """Let the set of workers of this name, and no later one, save and make way for a wider one."""
         self._widen = workers
-        self._wake.set()
+        self.wake()
 
     def is_held(self) -> bool:
         """Whether no other driver has the run. OSError if its storage does not tell for the lease time."""
@@ -230,11 +221,7 @@ class Lease:
 
     def _keep(self) -> None:
         failing = False
-        while True:
-            self._wake.wait(self._record.lease_s / _BEATS_PER_LEASE)
-            self._wake.clear()
-            if self._ended.is_set():
-                return
+        while self._pause(self._record.lease_s / _BEATS_PER_LEASE):
             try:
                 self._write()
             except LeaseLostError as error:
