@@ -13,18 +13,14 @@ import psutil
 
 from arvideo_dist.storage import shown
 from arvideo_dist.threads import BlockThread
+from arvideo_dist.train.health.monitor import Beat, Hang, Monitor
 
 if TYPE_CHECKING:
     from arvideo_dist.train.run.lease import Guard
-from arvideo_dist.train.health.monitor import Beat, Hang, Monitor
 
 TAG = "arvideo.last_hang"
-
-
 _ANSWER_S = 2.0  # for the actor, which does nothing that takes time
-
-
-_AUTOPSY_S = 60.0  # for a task on the node of a rank that is mute; where the node is gone it never runs
+_AUTOPSY_S = 60.0  # for a task on the node of a rank that is mute; if the node is gone it never runs
 
 
 def autopsy(pid: int, identity: str | None) -> str | None:
@@ -77,7 +73,7 @@ class HangWatch(BlockThread):
         return self._name
 
     def have_begun(self) -> bool:
-        """Whether the workers of the newest set run; True where nobody knows."""
+        """Whether the workers of the newest set run; True if nobody knows."""
         import ray
 
         try:

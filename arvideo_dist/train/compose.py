@@ -55,7 +55,7 @@ def train(
     """Train from the latest complete checkpoint to the end of the run; leaves the final metrics in `RESULT`.
 
     Called on every rank with the default process group up; `control` is a gloo group for host values, `tracker` is
-    rank 0's. Where `watch` says so, the run saves and leaves at a step boundary; the interruption is returned.
+    rank 0's. If `watch` says so, the run saves and leaves at a step boundary; the interruption is returned.
     """
     training, notes = compose(assignment, device, control, watch, tracker)
     interruption, state = training.run(), training.state

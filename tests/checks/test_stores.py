@@ -231,9 +231,8 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
             if not awaited:
                 break
         assert process.poll() is None, "".join(seen)
-        first = http.client.HTTPConnection(
-            "127.0.0.1", port, timeout=120
-        )  # it may take seconds to be ready for
+        # It may take seconds to be ready for it.
+        first = http.client.HTTPConnection("127.0.0.1", port, timeout=120)
         first.request("GET", "/api/2.0/mlflow/experiments/get?experiment_id=0")
         assert first.getresponse().status == 200
         first.close()

@@ -49,9 +49,8 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
     try:
         # One worker says that it is ready before its port is open, several say so afterwards.
         seen, awaited = [], {"Application startup complete", "Uvicorn running on"}
-        for (
-            line
-        ) in process.stdout:  # ends, and the assertion below tells why, where the server does not start
+        # Ends, and the assertion below tells why, if the server does not start.
+        for line in process.stdout:
             seen.append(line)
             awaited = {words for words in awaited if words not in line}
             if not awaited:

@@ -40,7 +40,6 @@ TINY: dict[str, Any] = {
     "cluster": {"workers": 2, "device": "cpu"},
 }
 
-
 # In the environment of a run, of its Ray and of all that its workers start.
 _RUN = "ARVIDEO_TESTS_RUN"
 

@@ -24,7 +24,7 @@ _EXIT_CODE = 70  # EX_SOFTWARE
 
 
 class Heartbeat(BlockThread):
-    """Tells the monitor of this rank until the `with` block ends; ends the process where the monitor says so."""
+    """Tells the monitor of this rank until the `with` block ends; ends the process if the monitor says so."""
 
     def __init__(
         self, tell: Callable[[Beat], Order | None], run: Storage, hung_s: float, workers: str, node: str

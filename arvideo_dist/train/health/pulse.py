@@ -15,7 +15,7 @@ EVERY_S = 60.0
 
 
 class Pulse(BlockThread):
-    """Says a line where the run has said none for `every_s` seconds, until the `with` block ends."""
+    """Says a line if the run has said none for `every_s` seconds, until the `with` block ends."""
 
     def __init__(self, activity: Activity, say: Callable[[str], None], every_s: float = EVERY_S) -> None:
         self._activity, self._say, self._every_s = activity, say, every_s

@@ -5,17 +5,17 @@
 Each driver that takes the run raises the generation. The file of a generation is written by its holder alone,
 so its heartbeat conflicts with nobody.
 
-*Taking.* A driver writes a file of the next generation, then lists the folder. Where its file is the only one
+*Taking.* A driver writes a file of the next generation, then lists the folder. If its file is the only one
 of the highest generation it holds the lease; else it removes its file and looks again. Of two that write at
 once, whoever lists later sees both, so never do two win. This needs a listing that shows every file written
 before it began: POSIX, S3, GCS and Azure give that, and NFS after a change by the same client.
 
 *Expiry.* No clocks are compared. A lease is dead when its heartbeat has not changed for the lease time by the
-observer's own monotonic clock; at once where the holder was a process of this very machine (same boot, same PID
+observer's own monotonic clock; at once if the holder was a process of this very machine (same boot, same PID
 namespace) that has ended.
 
 *Fencing.* Driver and workers look for a higher generation immediately before every change of the run
-(`GuardedStorage`, MLflow points). Who does not find the file of its own generation has lost its storage, as where a
+(`GuardedStorage`, MLflow points). Who does not find the file of its own generation has lost its storage, as when a
 mount is gone and its empty folder is left: nothing is written there either. Storage offers no write that depends on
 another file, so a process that is suspended exactly between that look and its write could still publish one file;
 what it could publish is a checkpoint that is whole, or points that are the same.
@@ -42,17 +42,9 @@ from arvideo_dist.storage import Storage, patiently
 from arvideo_dist.threads import BlockThread
 
 FOLDER = "lease"
-
-
 _NAME = re.compile(r"(\d{8})-[0-9a-f]{32}\.json")
-
-
 _BEATS_PER_LEASE = 6
-
-
 _READS = 5
-
-
 _LISTINGS = 2  # one may miss a file that is being replaced
 
 
@@ -71,7 +63,7 @@ class Holder(BaseModel):
     host: str
     pid: int
     job: str | None  # Ray job submission
-    process: str | None  # boot, PID namespace and start time: what makes a PID unique, where /proc tells
+    process: str | None  # boot, PID namespace and start time: what makes a PID unique, if /proc tells
 
     @classmethod
     def this_process(cls) -> Holder:
@@ -84,7 +76,7 @@ class Holder(BaseModel):
         return f"process {self.pid} on {self.host}{job}"
 
     def has_ended(self) -> bool:
-        """Whether the process is known to exist no more; False where this machine cannot know."""
+        """Whether the process is known to exist no more; False if this machine cannot know."""
         mine = process_identity(os.getpid())
         if self.process is None or mine is None or namespace_of(mine) != namespace_of(self.process):
             return False
@@ -160,7 +152,7 @@ class Guard:
 
 
 class GuardedStorage(Storage):
-    """A run's folder in which nothing is changed once a higher generation exists (LeaseLostError), nor where the
+    """A run's folder in which nothing is changed once a higher generation exists (LeaseLostError), nor if the
     folder is not the run's (OSError)."""
 
     def __init__(self, guard: Guard) -> None:
@@ -266,9 +258,8 @@ def acquire(run: Storage, lease_s: float, newest_step: Callable[[Storage], int] 
         run.write_bytes(f"{FOLDER}/{mine}", record.model_dump_json(indent=1).encode())
         if _newest(run) == [mine]:
             for name in _names(run):
-                if (
-                    _generation(name) < generation
-                ):  # never of one that took over while this process was held up
+                # Never of one that took over while this process was held up.
+                if _generation(name) < generation:
                     run.delete(f"{FOLDER}/{name}")
             return Lease(Guard(run.address, mine), record, newest_step)
         run.delete(f"{FOLDER}/{mine}")
@@ -282,7 +273,7 @@ def recorded_step(run: Storage) -> int:
 
 
 def _wait_until_free(run: Storage, name: str) -> bool:
-    """True once the holder of `name` has given it back or is dead, False where the file is gone (its writer
+    """True once the holder of `name` has given it back or is dead, False if the file is gone (its writer
     stepped back, and another may hold the lease now); LeaseHeldError once the holder shows life."""
     first = _read(run, name)
     if first is None or first.released or first.holder.has_ended():

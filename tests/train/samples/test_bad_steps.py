@@ -164,9 +164,8 @@ class Case:
     suppressed: tuple[int, ...] = ()
     crash_at: int | None = None  # the forward pass of this place fails once, and the run is started again
     audit_waits: bool = False  # the storage takes nothing of the audit but while a save is written
-    leave_after: tuple[
-        int, ...
-    ] = ()  # at each of these steps the run is told to leave, and then started again
+    # At each of these steps the run is told to leave, and then started again.
+    leave_after: tuple[int, ...] = ()
     keep_last: int = 9
     options: tuple[tuple[str, Any], ...] = ()
 
