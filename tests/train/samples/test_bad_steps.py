@@ -50,7 +50,7 @@ from tests.train.distributed import make_saver, run_ranks
 from tests.train.engines import engine_of
 from tests.train.keyed import DECODER, GLOBAL_BATCH, MICRO_BATCH, MODEL, new_model, train_steps
 from tests.train.poison import poisoned
-from tests.train.runs import PretrainProcess, history, make_data, write_config
+from tests.train.runs import PretrainProcess, history, run_arguments, runs_folder
 
 
 @contextlib.contextmanager
@@ -543,12 +543,7 @@ def test_pretrain_on_ray_goes_back_and_ends_with_the_list(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Three steps in a row are poisoned in the workers, which find the poison by PYTHONPATH."""
-    make_data(tmp_path / "data")
-    config = write_config(
-        tmp_path / "config.yaml",
-        run={"name": "poisoned", "storage_path": str(tmp_path / "runs"), "checkpoint_every_steps": 4},
-        data={"stride": 2, "workers": 1, "path": str(tmp_path / "data")},
-    )
+    runs_folder(tmp_path)
     path = [
         str(ROOT / "tests/train/poisoned_workers"),
         str(ROOT),
@@ -556,7 +551,7 @@ def test_pretrain_on_ray_goes_back_and_ends_with_the_list(
     ]
     monkeypatch.setenv("PYTHONPATH", ":".join(filter(None, path)))
     monkeypatch.setenv("TEST_POISONED_PLACES", json.dumps({16 * step + 13: "nan" for step in (5, 6, 7)}))
-    process = PretrainProcess(["--config", str(config)])
+    process = PretrainProcess(run_arguments(tmp_path, "poisoned"))
     assert process.finish() == 0, process.output
     assert "what steps 5 to 8 learned is given up" in process.output
     rows = pq.read_table(tmp_path / "runs/poisoned/bad_steps").to_pylist()
