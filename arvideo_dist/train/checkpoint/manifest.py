@@ -59,5 +59,5 @@ def check_coverage(manifest: CheckpointManifest) -> None:
 
 
 def shape_of(parameter: torch.nn.Parameter) -> list[int]:
-    """The parameter's own shape, also if ZeRO-3 has emptied it."""
+    """The parameter's own shape, also where ZeRO-3 has emptied it."""
     return list(getattr(parameter, "ds_shape", parameter.shape))
