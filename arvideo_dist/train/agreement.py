@@ -17,7 +17,7 @@ _NAMED_HOSTS = 8
 
 
 def agree_on_data(digests: Sequence[str], precision: str, control: dist.ProcessGroup) -> None:
-    """Collective. RunStoppedError on all ranks where they would not train on the same.
+    """Collective. RunStoppedError on all ranks if they would not train on the same.
 
     `digests`: of the data sets as this rank reads them (`changes.data_digests`): nodes may have copies of their
     own, one of them older or half written. `precision`: that this rank computes in.

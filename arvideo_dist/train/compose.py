@@ -55,7 +55,7 @@ def train(
     """Train from the latest complete checkpoint to the end of the run; leaves the final metrics in `RESULT`.
 
     Called on every rank with the default process group up; `control` is a gloo group for host values, `tracker` is
-    rank 0's. Where `watch` says so, the run saves and leaves at a step boundary; the interruption is returned.
+    rank 0's. If `watch` says so, the run saves and leaves at a step boundary; the interruption is returned.
     """
     training, notes = compose(assignment, device, control, watch, tracker)
     interruption, state = training.run(), training.state
@@ -114,14 +114,14 @@ def compose(
         task.check(loader.samples.indexes)
     except ValueError as error:  # on all ranks: they read the same index
         raise RunStoppedError(str(error)) from error
-    notes = DeferredWrites(run)
+    notes = DeferredWrites(run, [] if tracker is None else [tracker.flush])
     bad = BadSamples(notes, config.data.max_bad_fraction, loader.places_per_epoch, control, tracker)
     bad.restore(kept.get("bad_samples", []), kept.get("bad_validation_samples", []))
     bad_steps = BadSteps(run, notes, config.train, loader.samples.names, control, tracker)
     bad_steps.restore(kept.get("bad_steps"))
     recorder = Recorder(device, control)
     recorder.spikes.restore(kept.get("spikes", {}))
-    audit = Audit(assignment.lease, step, control) if config.run.audit else None
+    audit = Audit(assignment.lease, notes, step, control) if config.run.audit else None
     parts = Parts(
         train=config.train,
         validation=config.validation,
@@ -130,7 +130,7 @@ def compose(
         watch=watch,
         loader=loader,
         engine=engine,
-        saver=_saver(run, engine, config, start, say, notes, audit, tracker),
+        saver=_saver(run, engine, config, start, say, notes, tracker),
         bad_samples=bad,
         bad_steps=bad_steps,
         recorder=recorder,
@@ -203,14 +203,8 @@ def _saver(
     start: Checkpoint | None,
     say: Callable[[str], None],
     notes: DeferredWrites,
-    audit: Audit | None,
     tracker: QueuedTracker | None,
 ) -> Saver:
-    def flush() -> None:
-        for kept in (notes, audit, tracker):
-            if kept is not None:
-                kept.flush()
-
     def report(step: int, failures: int, message: str) -> None:
         if tracker is not None:
             tracker.tag(FAILED_TAG, message if failures else f"none since the checkpoint of step {step}")
@@ -224,7 +218,7 @@ def _saver(
         engine,
         config.run,
         say,
-        flush=flush,
+        flush=notes.flush,
         report=report,
         published=published,
         last_saved=start.state["step"] if start is not None else 0,

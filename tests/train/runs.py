@@ -21,6 +21,7 @@ from filelock import FileLock
 from mlflow.tracking import MlflowClient
 
 from tests import warm
+from tests.services.mlflow_server import new_database
 
 TINY: dict[str, Any] = {
     "data": {"stride": 2, "workers": 1},
@@ -39,7 +40,6 @@ TINY: dict[str, Any] = {
     "validation": {"every_steps": 6, "max_clips": 16},
     "cluster": {"workers": 2, "device": "cpu"},
 }
-
 
 # In the environment of a run, of its Ray and of all that its workers start.
 _RUN = "ARVIDEO_TESTS_RUN"
@@ -73,6 +73,20 @@ def write_config(file: Path, **sections: dict[str, Any]) -> Path:
     merged = {name: {**TINY.get(name, {}), **sections.get(name, {})} for name in {*TINY, *sections}}
     file.write_text(yaml.safe_dump(merged))
     return file
+
+
+def runs_folder(folder: Path) -> Path:
+    """`folder` with data in `data`, and an empty database of MLflow for the runs in `runs`."""
+    make_data(folder / "data")
+    new_database(folder / "runs/mlflow.db")
+    return folder
+
+
+def run_arguments(folder: Path, name: str, **sections: dict[str, Any]) -> list[str]:
+    """The command line of run `name` in a `runs_folder`, with `sections` laid over TINY."""
+    run = {"name": name, "storage_path": str(folder / "runs"), **sections.pop("run", {})}
+    data = {"path": str(folder / "data"), **sections.pop("data", {})}
+    return ["--config", str(write_config(folder / f"{name}.yaml", run=run, data=data, **sections))]
 
 
 class PretrainProcess:

@@ -56,26 +56,19 @@ from arvideo_dist.train.run.stop import RunStoppedError
 
 Result = TypeVar("Result")
 
-
-FAILED_TAG = (
-    "arvideo.failed_checkpoint"  # of the MLflow run: the newest save's failure, or that there is none
-)
-
+# Of the MLflow run: the newest save's failure, or that there is none.
+FAILED_TAG = "arvideo.failed_checkpoint"
 
 # Levels below training and decoding (Ray's workers are at 15 already): on a full core some two fifths of their
 # share, so that a save also comes to its end.
 _NICER = 4
 
-
 _SLICE_S = 1.0  # of waiting for a save; well below the shortest run.hung_s
-
 
 # How much later than the fastest rank the slowest may have uploaded its part.
 _TIMEOUT = timedelta(hours=2)
 
-
 _TOLD = 3  # kinds of failure that a message tells
-
 
 # From a failed save to the next try; doubles with each failure in a row. With three tries a store may be away for a
 # minute and a half, and all fit into the two minutes that workers have to leave (run.preemption_grace_s).
@@ -151,10 +144,10 @@ class Saver:
         return minutes is not None and time.monotonic() - self._requested_at >= 60 * minutes
 
     def request(self, step: int, state: dict[str, Any]) -> None:
-        """Begin to save the state as it is after `step`; waits first where the save before is not yet done, and
-        leaves it where that one failed and the pause after it is not over.
+        """Begin to save the state as it is after `step`; waits first if the save before is not yet done, and
+        leaves it if that one failed and the pause after it is not over.
 
-        `state`: JSON content kept beside the tensors. Raises RunStoppedError, on all ranks, where the save before
+        `state`: JSON content kept beside the tensors. Raises RunStoppedError, on all ranks, if the save before
         was the last of `max_failed_saves` in a row.
         """
         self._outcome()
@@ -190,7 +183,7 @@ class Saver:
         return self._failures > 0
 
     def finish(self, again: Callable[[], None] | None = None) -> None:
-        """Wait for the save in flight; raises CheckpointError on all ranks where it failed.
+        """Wait for the save in flight; raises CheckpointError on all ranks if it failed.
 
         With `again`, which requests the same state once more, that is called instead, after a pause, until a save
         is whole; raises RunStoppedError as `request` does.
@@ -239,9 +232,8 @@ class Saver:
     def _save(self, step: int, state: bytes, weights: int | None) -> None:
         try:
             _lower_priority()
-            if (
-                self._engine.device.type == "cuda"
-            ):  # a new thread's is the first, where it would make a context
+            # A new thread's device is the first one, on which it would make a context.
+            if self._engine.device.type == "cuda":
                 torch.cuda.set_device(self._engine.device)
             self._write(step, state, weights)
         except CheckpointError as error:
@@ -323,7 +315,7 @@ class Saver:
             self._say(f"older checkpoints than {name} could not be deleted: {error}")
 
     def _together(self, folder: str, action: Callable[[], Result]) -> list[Result]:
-        """Each rank's result of `action`; where it failed on some rank, the same error on all ranks.
+        """Each rank's result of `action`; if it failed on some rank, the same error on all ranks.
 
         A lone raise would leave the others waiting.
         """

@@ -31,7 +31,7 @@ class StoreAwayError(RunStoppedError):
 
 @dataclass(frozen=True)
 class Stopped:
-    """What a worker leaves to the driver where it raised RunStoppedError."""
+    """What a worker leaves to the driver if it raised RunStoppedError."""
 
     reason: str
     passing: bool
