@@ -19,9 +19,9 @@ from arvideo_dist.storage import Storage, is_full, patiently, without_credential
 from arvideo_dist.tasks.derived import Derived
 from arvideo_dist.tasks.kinds import task_of
 from arvideo_dist.tasks.task import Task
-from arvideo_dist.train.agreement import agree_on_data
+from arvideo_dist.train.agreement import agree_on_data, agree_to_stop
 from arvideo_dist.train.assignment import Assignment
-from arvideo_dist.train.checkpoint.manifest import versions
+from arvideo_dist.train.checkpoint.manifest import CheckpointError, versions
 from arvideo_dist.train.checkpoint.reader import Checkpoint, open_newest_whole
 from arvideo_dist.train.checkpoint.saver import FAILED_TAG, Saver
 from arvideo_dist.train.checkpoint.seen import CHECKPOINT_TAG
@@ -163,7 +163,11 @@ def _start(
     activity.together("verifies and reads the checkpoint")
     start = open_newest_whole(assignment.lease.storage(), control, seen=assignment.seen)
     if start is None:
-        return None, task.start_from(module, read_weights)
+
+        def fill() -> str:
+            return task.start_from(module, read_weights)
+
+        return None, agree_to_stop(fill, control, ValueError, CheckpointError)
     try:
         for line in changes.refuse_changes(start.state, assignment.config, digests, precision, str(start)):
             say(f"changed by run.allow_change: {line}")

@@ -32,10 +32,10 @@ from arvideo_dist.storage import patiently, without_credentials
 from arvideo_dist.tasks.derived import Evaluated
 from arvideo_dist.tasks.draws import label_of
 from arvideo_dist.tasks.scoring import Scoring
-from arvideo_dist.train.agreement import agree, agree_on_data
+from arvideo_dist.train.agreement import agree, agree_on_data, agree_to_stop
 from arvideo_dist.train.assignment import Assignment
 from arvideo_dist.train.checkpoint.layout import FOLDER, MANIFEST, STATE, checkpoint_name
-from arvideo_dist.train.checkpoint.manifest import CheckpointManifest, versions
+from arvideo_dist.train.checkpoint.manifest import CheckpointError, CheckpointManifest, versions
 from arvideo_dist.train.checkpoint.reader import Checkpoint, open_newest_whole
 from arvideo_dist.train.checkpoint.retention import Retention
 from arvideo_dist.train.health.activity import activity
@@ -93,8 +93,8 @@ class Evaluation:
         agree_on_data(digests, self._precision, control)
         activity.alone("builds the model")
         self._module = self._task.build()
+        agree_to_stop(self._load_classifier, control, ValueError, CheckpointError)
         try:
-            load_classifier(self._module, self._config.model.init_from or "")
             start = self._start(digests)
             self._loader = self._make_loader()
             self._task.check(self._loader.samples.indexes)
@@ -117,6 +117,9 @@ class Evaluation:
             "mlflow_run_id": assignment.mlflow_run_id,
             "versions": versions(),
         }
+
+    def _load_classifier(self) -> None:
+        load_classifier(self._module, self._config.model.init_from or "")
 
     def _start(self, digests: list[str]) -> Checkpoint | None:
         activity.together("looks for the newest save")
