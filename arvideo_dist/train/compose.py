@@ -15,7 +15,7 @@ from torch import nn
 from arvideo_dist.config.commands import TrainingConfig
 from arvideo_dist.config.sources import loader_options
 from arvideo_dist.data.loader import ClipLoader
-from arvideo_dist.storage import Storage, is_full, patiently, without_credentials
+from arvideo_dist.storage import Storage, patiently, without_credentials
 from arvideo_dist.tasks.derived import Derived
 from arvideo_dist.tasks.kinds import task_of
 from arvideo_dist.tasks.task import Task
@@ -33,7 +33,7 @@ from arvideo_dist.train.loop import Training
 from arvideo_dist.train.parts import Parts, State
 from arvideo_dist.train.record import Recorder
 from arvideo_dist.train.run import changes
-from arvideo_dist.train.run.stop import RESULT, Interruption, RunStoppedError
+from arvideo_dist.train.run.stop import RESULT, Interruption, RunStoppedError, stops_if_full
 from arvideo_dist.train.run.watch import Watch
 from arvideo_dist.train.samples.audit import Audit
 from arvideo_dist.train.samples.bad_samples import BadSamples
@@ -235,16 +235,9 @@ def _saver(
 
 
 def _leave_result(run: Storage, notes: DeferredWrites, result: Mapping[str, float]) -> None:
-    try:
+    with stops_if_full(run):
         patiently(notes.flush)
         patiently(lambda: run.write_bytes(RESULT, json.dumps(result, indent=1).encode()))
-    except OSError as error:
-        if not is_full(error):
-            raise
-        raise RunStoppedError(
-            f"the run is trained and saved, but {run.uri} takes no result: {error}. Make room there; the same "
-            "command ends the run"
-        ) from error
 
 
 def _say(rank: int, line: str) -> None:
