@@ -15,13 +15,13 @@ from torch import nn
 from arvideo_dist.config.commands import TrainingConfig
 from arvideo_dist.config.sources import loader_options
 from arvideo_dist.data.loader import ClipLoader
-from arvideo_dist.storage import Storage, is_full, patiently, without_credentials
+from arvideo_dist.storage import Storage, patiently, without_credentials
 from arvideo_dist.tasks.derived import Derived
 from arvideo_dist.tasks.kinds import task_of
 from arvideo_dist.tasks.task import Task
-from arvideo_dist.train.agreement import agree_on_data
+from arvideo_dist.train.agreement import agree_on_data, agree_to_stop
 from arvideo_dist.train.assignment import Assignment
-from arvideo_dist.train.checkpoint.manifest import versions
+from arvideo_dist.train.checkpoint.manifest import CheckpointError, versions
 from arvideo_dist.train.checkpoint.reader import Checkpoint, open_newest_whole
 from arvideo_dist.train.checkpoint.saver import FAILED_TAG, Saver
 from arvideo_dist.train.checkpoint.seen import CHECKPOINT_TAG
@@ -33,7 +33,7 @@ from arvideo_dist.train.loop import Training
 from arvideo_dist.train.parts import Parts, State
 from arvideo_dist.train.record import Recorder
 from arvideo_dist.train.run import changes
-from arvideo_dist.train.run.stop import RESULT, Interruption, RunStoppedError
+from arvideo_dist.train.run.stop import RESULT, Interruption, RunStoppedError, stops_if_full
 from arvideo_dist.train.run.watch import Watch
 from arvideo_dist.train.samples.audit import Audit
 from arvideo_dist.train.samples.bad_samples import BadSamples
@@ -166,7 +166,11 @@ def _start(
     activity.together("verifies and reads the checkpoint")
     start = open_newest_whole(assignment.lease.storage(), control, seen=assignment.seen)
     if start is None:
-        return None, task.start_from(module, read_weights)
+
+        def fill() -> str:
+            return task.start_from(module, read_weights)
+
+        return None, agree_to_stop(fill, control, ValueError, CheckpointError)
     try:
         for line in changes.refuse_changes(start.state, assignment.config, digests, precision, str(start)):
             say(f"changed by run.allow_change: {line}")
@@ -228,16 +232,9 @@ def _saver(
 
 
 def _leave_result(run: Storage, notes: DeferredWrites, result: Mapping[str, float]) -> None:
-    try:
+    with stops_if_full(run):
         patiently(notes.flush)
         patiently(lambda: run.write_bytes(RESULT, json.dumps(result, indent=1).encode()))
-    except OSError as error:
-        if not is_full(error):
-            raise
-        raise RunStoppedError(
-            f"the run is trained and saved, but {run.uri} takes no result: {error}. Make room there; the same "
-            "command ends the run"
-        ) from error
 
 
 def _say(rank: int, line: str) -> None:

@@ -115,7 +115,10 @@ def read_classifier(source: str) -> dict[str, torch.Tensor]:
     ValueError if it is none, CheckpointError if a checkpoint is damaged.
     """
     if is_file_or_folder_of_weights(source):
-        return read_classifier_weights(source)
+        try:
+            return read_classifier_weights(source)
+        except ValueError as error:
+            raise ValueError(f"{shown(source)}: {shown(error)}") from error
     trained = open_trained(source)
     trained.finetuning  # noqa: B018  # raises if it is of another task
     return trained.load_module().state_dict()

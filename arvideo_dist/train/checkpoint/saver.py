@@ -215,17 +215,11 @@ class Saver:
         if not isinstance(failure, CheckpointError):
             raise failure
         if self._failures >= self._options.max_failed_saves:
-            raise RunStoppedError(
-                f"{self._failures} saves in a row failed (run.max_failed_saves); the last one: {failure}. Mend the "
-                f"storage (free space, rights, is the store up?); the same command goes on from step "
-                f"{self.last_saved}",
-                passing=failure.passing,
-            ) from failure
+            raise too_many_failed(self._failures, failure, f"step {self.last_saved}") from failure
         return failure
 
     def _pause_left_s(self) -> float:
-        pause = min(_FIRST_PAUSE_S * 2 ** (self._failures - 1), _LONGEST_PAUSE_S)
-        return self._failed_at + pause - time.monotonic()
+        return self._failed_at + pause_s(self._failures) - time.monotonic()
 
     # From here on: the background thread.
 
@@ -315,33 +309,7 @@ class Saver:
             self._say(f"older checkpoints than {name} could not be deleted: {error}")
 
     def _together(self, folder: str, action: Callable[[], Result]) -> list[Result]:
-        """Each rank's result of `action`; if it failed on some rank, the same error on all ranks.
-
-        A lone raise would leave the others waiting.
-        """
-        outcome: Any
-        try:
-            outcome = action(), None
-        except (RunStoppedError, LeaseLostError) as error:
-            outcome = None, RunStoppedError(str(error))
-        except Exception as error:
-            passing = isinstance(error, OSError) and not lasts(error)
-            told = f"rank {self._rank}: {type(error).__name__}: {error}"
-            kind = f"{type(error).__name__} {getattr(error, 'errno', None) or error}"
-            outcome = None, CheckpointError(told, passing=passing, kind=kind)
-        outcomes: list[Any] = [None] * self._world_size
-        dist.all_gather_object(outcomes, outcome, group=self._group)
-        failures = [failure for _, failure in outcomes if failure is not None]
-        for failure in failures:
-            if isinstance(failure, RunStoppedError):
-                raise failure
-        if failures:
-            told = _told(failures)
-            raise CheckpointError(
-                f"save of {self._run.uri}/{folder} failed: {told}",
-                passing=all(failure.passing for failure in failures),
-            )
-        return [result for result, _ in outcomes]
+        return together(f"{self._run.uri}/{folder}", self._group, action)
 
     def _publish(
         self,
@@ -361,6 +329,47 @@ class Saver:
         check_coverage(manifest)
         self._run.write_bytes(f"{folder}/{STATE}", state)
         self._run.write_bytes(f"{folder}/{MANIFEST}", manifest.model_dump_json(indent=1).encode())
+
+
+def pause_s(failures: int) -> float:
+    """From the last of so many failed saves in a row to the next try, in seconds."""
+    return min(_FIRST_PAUSE_S * 2 ** (failures - 1), _LONGEST_PAUSE_S)
+
+
+def too_many_failed(failures: int, last: CheckpointError, saved: str) -> RunStoppedError:
+    """What stops the run after `run.max_failed_saves`; `saved`: what the same command goes on from."""
+    return RunStoppedError(
+        f"{failures} saves in a row failed (run.max_failed_saves); the last one: {last}. Mend the storage (free "
+        f"space, rights, is the store up?); the same command goes on from {saved}",
+        passing=last.passing,
+    )
+
+
+def together(where: str, group: dist.ProcessGroup, action: Callable[[], Result]) -> list[Result]:
+    """Collective. Each rank's result of `action`; where it failed on some rank, the same error on all ranks.
+
+    A lone raise would leave the others waiting. `where`: what is being saved.
+    """
+    outcome: Any
+    try:
+        outcome = action(), None
+    except (RunStoppedError, LeaseLostError) as error:
+        outcome = None, RunStoppedError(str(error))
+    except Exception as error:
+        passing = isinstance(error, OSError) and not lasts(error)
+        told = f"rank {dist.get_rank()}: {type(error).__name__}: {error}"
+        kind = f"{type(error).__name__} {getattr(error, 'errno', None) or error}"
+        outcome = None, CheckpointError(told, passing=passing, kind=kind)
+    outcomes: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(outcomes, outcome, group=group)
+    failures = [failure for _, failure in outcomes if failure is not None]
+    for failure in failures:
+        if isinstance(failure, RunStoppedError):
+            raise failure
+    if failures:
+        passing = all(failure.passing for failure in failures)
+        raise CheckpointError(f"save of {where} failed: {_told(failures)}", passing=passing)
+    return [result for result, _ in outcomes]
 
 
 def _told(failures: list[CheckpointError]) -> str:
