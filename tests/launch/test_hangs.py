@@ -150,7 +150,10 @@ def test_what_is_found_out_of_older_workers_is_no_reason_for_the_end_of_new_ones
 
 
 @pytest.mark.slow
-def test_a_stopped_rank_is_named_and_the_run_restarts_by_itself_to_the_same_losses(folder: Path) -> None:
+def test_a_stopped_rank_is_named_and_the_run_restarts_by_itself_to_the_same_losses(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(warm.COLD, "1")  # a decode worker that is warm is no child of its rank
     whole = PretrainProcess(_arguments(folder, "whole"))
     assert whole.finish() == 0, whole.output
 
