@@ -20,10 +20,11 @@ SEGMENT_VIEWS = "2x3"  # as VideoMAE evaluates SSv2
 
 
 def main(argv: list[str] | None = None) -> None:
-    start_run(EvaluateConfig, __doc__ or "", argv, of_source, _add_source)
+    start_run(EvaluateConfig, __doc__ or "", argv, of_source, add_source)
 
 
-def _add_source(parser: argparse.ArgumentParser) -> None:
+def add_source(parser: argparse.ArgumentParser) -> None:
+    """The flags that no configuration has."""
     parser.add_argument(
         "source",
         metavar="SOURCE",

@@ -1,0 +1,1 @@
+"""What runs the commands: recipes, comparisons, pipelines."""
