@@ -10,11 +10,12 @@ FILE names the stages, which run one after the other, each a command as a person
       finetune: finetune --data.path {train} --run.name mine-finetune --init-from {pretrain}
       accuracy: evaluate {finetune} --views 5x3
 
-`{stage}` stands for what an earlier stage made: the folder of its data set or run. A stage whose command, settings
-and inputs have not changed since it ended, and whose output is still there, is skipped. (Raw videos are not looked
-at: give `data_prep` another --out, or delete its folder, when they change.) One that ends with 75, such as when a
-store is away, is started again, and so is all of it by the same command: each stage goes on where it was.
-With `--address` the stages are jobs of that Ray cluster, which must reach the same folders.
+`{stage}` stands for what an earlier stage made: the folder of its data set or run; `$NAME` is from the environment.
+A stage whose command, settings and inputs have not changed since it ended, and whose output is still there, is
+skipped. (Raw videos are not looked at: give `data_prep` another --out, or delete its folder, when they change.) One
+that ends with 75, such as when a store is away, is started again, and so is all of it by the same command: each
+stage goes on where it was. With `--address` the stages are jobs of that Ray cluster, which must reach the same
+folders.
 
 Exits with 0 if all stages have ended, 2 for a faulty file, 75 if it was asked to leave, else with the code of the
 stage that failed.

@@ -29,6 +29,7 @@ MODULES = {
 }
 _TRAININGS: dict[str, type[TrainingConfig]] = {"pretrain": PretrainConfig, "finetune": FinetuneConfig}
 _NAME = re.compile(r"[A-Za-z0-9_-]+")
+_VARIABLE = re.compile(r"\$\{?([A-Za-z_][A-Za-z0-9_]*)")
 _REFERENCE = re.compile(r"\{([A-Za-z0-9_-]+)\}")
 
 
@@ -125,7 +126,10 @@ def read_pipeline(file: Path) -> Pipeline:
     stages: list[Stage] = []
     for name, command in content["stages"].items():
         stages.append(_read_stage(f"{file}: stages.{name}", str(name), command, [s.name for s in stages]))
-    return Pipeline(file.stem, Path(content["folder"]).absolute(), tuple(stages))
+    folder = os.path.expandvars(content["folder"])
+    if unset := _VARIABLE.search(folder):
+        raise ValueError(f"{file}: folder: the environment has no {unset[1]}")
+    return Pipeline(file.stem, Path(folder).absolute(), tuple(stages))
 
 
 def _read_stage(where: str, name: str, command: Any, before: list[str]) -> Stage:
@@ -135,6 +139,9 @@ def _read_stage(where: str, name: str, command: Any, before: list[str]) -> Stage
         words = shlex.split(command) if isinstance(command, str) else [str(word) for word in command]
     except (TypeError, ValueError) as error:
         raise ValueError(f"{where}: a command line, or a list of its words ({error})") from error
+    words = [os.path.expandvars(word) for word in words]
+    if unset := [found for word in words for found in _VARIABLE.findall(word)]:
+        raise ValueError(f"{where}: the environment has no {unset[0]}")
     if not words or words[0] not in MODULES:
         raise ValueError(f"{where}: {' '.join(words[:1])!r} is no command; there are {', '.join(MODULES)}")
     for unknown in (found for word in words for found in _REFERENCE.findall(word) if found not in before):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 from arvideo_dist.storage import Storage, shown
@@ -29,9 +30,10 @@ def summarise(pipeline: Pipeline, ledger: Ledger) -> str:
 
 
 def table(results: dict[str, dict[str, Any]]) -> str:
-    """A line for each evaluation."""
+    """A line for each evaluation, and for those that differ in the number at the end of their name the mean."""
     if not results:
         return "no stage evaluates anything\n"
+    results = results | means(results)
     lines = [f"| stage | {' | '.join(METRICS)} | videos | bad views |", "|---" * (len(METRICS) + 3) + "|"]
     for name, result in results.items():
         shares = [f"{result[metric]:.2%}" if metric in result else "-" for metric in METRICS.values()]
@@ -39,6 +41,22 @@ def table(results: dict[str, dict[str, Any]]) -> str:
             f"| {name} | {' | '.join(shares)} | {result['videos']:.0f} | {result['bad_samples']:.0f} |"
         )
     return "\n".join(lines) + "\n"
+
+
+def means(results: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Of `fold-1`, `fold-2`, ... the mean of each metric that all have, as `mean of fold`; numbers are summed."""
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for name, result in results.items():
+        if match := re.fullmatch(r"(.+)-\d+", name):
+            groups.setdefault(match[1], []).append(result)
+    found = {}
+    for name, group in groups.items():
+        if len(group) > 1:
+            shared = [m for m in METRICS.values() if all(m in result for result in group)]
+            found[f"mean of {name}"] = {m: sum(r[m] for r in group) / len(group) for m in shared} | {
+                count: sum(r[count] for r in group) for count in ("videos", "bad_samples")
+            }
+    return found
 
 
 def _tell_mlflow(pipeline: Pipeline, ledger: Ledger, results: dict[str, dict[str, Any]], text: str) -> None:
@@ -61,7 +79,7 @@ def _tell_mlflow(pipeline: Pipeline, ledger: Ledger, results: dict[str, dict[str
     for child in children:
         if child["tracking_uri"] == children[0]["tracking_uri"]:
             client.set_tag(child["mlflow_run_id"], "mlflow.parentRunId", parent)
-    for name, result in results.items():
+    for name, result in (results | means(results)).items():
         for title, metric in METRICS.items():
             if metric in result:
                 client.log_metric(parent, f"{name}/{title}", result[metric])

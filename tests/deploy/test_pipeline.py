@@ -174,6 +174,7 @@ def test_the_stage_of_a_killed_pipeline_leaves_and_the_next_waits_for_it(
         ("folder: a\nstages: {a: train --x 1}", "'train' is no command; there are data_prep"),
         ("folder: a\nstages: {a: 'pretrain --data.path {b}'}", r"{b} is no stage before it; there are none"),
         ("folder: a\nstages: {'a b': pretrain}", "a name has letters"),
+        ("folder: a\nstages: {a: 'pretrain --data.path $NOWHERE/b'}", "the environment has no NOWHERE"),
         ("folder: a\nstages: {a: 'pretrain \"'}", "a command line, or a list of its words"),
         ("folder: a\nstages: {a: pretrain --train.stepz 1}", "stage a: .*stepz"),
         ("folder: a\nstages: {a: data_prep folder --split b}", "stage a: --out is missing"),
@@ -192,3 +193,32 @@ def test_what_is_no_pipeline_is_named(
 def test_the_table_has_a_line_for_each_evaluation() -> None:
     result = {"accuracy/top1": 0.5, "accuracy/mean_class": 0.25, "videos": 8.0, "bad_samples": 1.0}
     assert table({"accuracy": result}).splitlines()[-1] == "| accuracy | 50.00% | - | 25.00% | 8 | 1 |"
+
+
+def test_folds_have_a_mean() -> None:
+    results = {
+        f"fold-{number}": {"accuracy/top1": share, "videos": 10.0, "bad_samples": 0.0}
+        for number, share in ((1, 0.5), (2, 0.6), (3, 0.1))
+    }
+    lines = table(results | {"other": results["fold-1"]}).splitlines()
+    assert lines[-1] == "| mean of fold | 40.00% | - | - | 30 | 0 |"
+    assert len(lines) == 2 + 4 + 1
+
+
+CHAINS = sorted((ROOT / "jobs" / "chains").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("file", CHAINS, ids=[file.stem for file in CHAINS])
+def test_every_stage_of_a_chain_is_a_valid_command(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each names what is made before it, and the environment gives places alone."""
+    monkeypatch.chdir(ROOT)
+    for name in ("K400", "HMDB51", "DATA", "RUNS"):
+        monkeypatch.setenv(name, f"/somewhere/{name.lower()}")
+    known = stages.read_pipeline(file)
+    made = {}
+    for stage in known.stages:
+        resolved = stage.resolved(made)
+        resolved.check()
+        output = f"/somewhere/{stage.name}" if stage.command == "evaluate" else resolved.output()
+        made[stage.name] = stages.Made(resolved.digest, output, "")
+    assert known.stages[-1].command == "evaluate"
