@@ -73,9 +73,8 @@ def _checkpoint(flags: argparse.Namespace) -> dict[str, Any]:
         extra = result[f"{kind}_extra_s"]
         print(f"{kind:<13} {extra['mean']:.2f} s a save (+- {extra['deviation']:.2f})")
     print(f"ratio         {result['asynchronous_to_synchronous']:.2f}")
-    configuration = {
-        name: value for name, value in asdict(plan).items() if name != "folder"
-    }  # of that machine
+    # The folder is that machine's own.
+    configuration = {name: value for name, value in asdict(plan).items() if name != "folder"}
     return {"configuration": configuration} | result
 
 

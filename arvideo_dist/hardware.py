@@ -36,7 +36,7 @@ def write_json(path: Path, result: dict[str, Any]) -> None:
 
 
 def _commit() -> str | None:
-    """The checkout's commit, marked where files differ from it; None outside a checkout."""
+    """The checkout's commit, marked if files differ from it; None outside a checkout."""
     root = Path(__file__).parent
     try:
         answer = subprocess.run(

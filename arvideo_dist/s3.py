@@ -42,7 +42,7 @@ class S3Reader:
         return S3Reader, (self._fs,)
 
     def read(self, path: str, offset: int = 0, size: int | None = None) -> bytes | None:
-        """`size` bytes of the object `path` (`bucket/key`) from byte `offset`, fewer where it ends before; without
+        """`size` bytes of the object `path` (`bucket/key`) from byte `offset`, fewer if it ends before; without
         `size` all of it. None if pyarrow has to do it. Raises FileNotFoundError."""
         if self._is_left or size == 0:
             return None

@@ -37,7 +37,7 @@ def keep_ready() -> None:
 def of_tree(pid: int) -> str:
     """The stacks of process `pid` and of its children that are ready, one paragraph each.
 
-    Where a process does not write any, its state is said instead: a stopped one, or one that waits in the kernel.
+    If a process does not write any, its state is said instead: a stopped one, or one that waits in the kernel.
     """
     try:
         root = psutil.Process(pid)

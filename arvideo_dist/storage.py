@@ -120,7 +120,7 @@ class Storage:
         return int(info.size)
 
     def names(self, folder: str = "") -> list[str]:
-        """Sorted base names of what stands directly in `folder`; empty where it does not exist."""
+        """Sorted base names of what stands directly in `folder`; empty if it does not exist."""
         selector = pafs.FileSelector(self.path(folder), allow_not_found=True)
         return sorted(info.base_name for info in self.fs.get_file_info(selector))
 
@@ -138,7 +138,7 @@ class Storage:
             return stream.read()
 
     def read_range(self, name: str, offset: int, size: int) -> bytes:
-        """`size` bytes of member `name` from byte `offset`; fewer where the member ends before. Raises
+        """`size` bytes of member `name` from byte `offset`; fewer if the member ends before. Raises
         FileNotFoundError. One request to an S3 store."""
         if self._s3 is not None and (content := self._s3.read(self.path(name), offset, size)) is not None:
             return content
@@ -162,6 +162,21 @@ class Storage:
         else:
             self._upload(name, pa.py_buffer(data))
 
+    def append(self, name: str, content: bytes) -> None:
+        """Add `content` to the end of local file `name`: all of it or, if that raises OSError, nothing."""
+        assert self.is_local, "object storage cannot append"
+        self._before_change()
+        path = Path(self.path(name))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "ab", buffering=0) as file:
+            before = file.tell()
+            try:
+                if file.write(content) < len(content):
+                    raise OSError(errno.ENOSPC, "only a part was written", str(path))
+            except OSError:
+                file.truncate(before)
+                raise
+
     def put_file(self, local: Path, name: str) -> None:
         """Publish a copy of the finished file `local` as member `name`."""
         if self.is_local:
@@ -172,7 +187,7 @@ class Storage:
             self._upload(name, pa.py_buffer(b"") if empty else pa.memory_map(str(local)).read_buffer())
 
     def local_copy(self, name: str, scratch: Path) -> Path:
-        """A local file with the content of member `name`: itself where local, else downloaded to `scratch`."""
+        """A local file with the content of member `name`: itself if local, else downloaded to `scratch`."""
         if self.is_local:
             return Path(self.path(name))
         target = scratch / Path(name).name
@@ -184,7 +199,7 @@ class Storage:
         return target
 
     def delete(self, name: str) -> None:
-        """Remove member or folder `name`; nothing happens where it does not exist."""
+        """Remove member or folder `name`; nothing happens if it does not exist."""
         self._before_change()
         kind = self.fs.get_file_info(self.path(name)).type
         if kind == pafs.FileType.Directory:
@@ -205,7 +220,7 @@ class Storage:
     def writing(self, name: str) -> Iterator[Path]:
         """A local path to write to; on a clean exit its content is synced and appears as member `name`.
 
-        Nothing is published where the caller left no file there.
+        Nothing is published if the caller left no file there.
         """
         if not self.is_local:
             with tempfile.TemporaryDirectory() as scratch:
@@ -247,7 +262,7 @@ class Storage:
                 yield stream
         except BaseException:
             with contextlib.suppress(OSError):
-                Storage.delete(self, name)  # once, also where the storage is patient: the upload may follow
+                Storage.delete(self, name)  # once, also if the storage is patient: the upload may follow
             raise
 
     def _upload(self, name: str, content: pa.Buffer) -> None:
@@ -358,7 +373,7 @@ class PatientStorage(Storage):
 
 
 def _with_options(uri: str) -> str:
-    """`uri` with this project's option for its client, where it does not have it."""
+    """`uri` with this project's option for its client, if it does not have it."""
     option = _CLIENT_OPTIONS.get(uri.partition("://")[0])
     if option is None or f"{option.partition('=')[0]}=" in uri:
         return uri

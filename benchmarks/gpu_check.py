@@ -45,9 +45,8 @@ if TYPE_CHECKING:
 Inputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 SMALL = ModelConfig(encoder="tiny")
 SMALL_DECODER = DecoderConfig(width=256, depth=2)
-METHODS: dict[
-    str, tuple[dict[str, Any], dict[str, Any]]
-] = {  # what differs from the defaults: model, decoder
+# What differs from the defaults: model, decoder.
+METHODS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "arvideo": ({}, {}),
     "arvideo, spatial first": ({"order": "spatial_first"}, {}),
     "arvideo, temporal first": ({"order": "temporal_first"}, {}),

@@ -4,7 +4,8 @@
 
 The data set is made up: a manifest and an index of so many rows and shards, and those shards that are read. The
 store is moto's S3 server, the requests are counted on the way to it. With `--before` everything is also measured
-with the package of another checkout, in turns with this one's. Each measurement is a process of its own:
+with the package of another checkout, in turns with this one's; `benchmarks/scale_child.py` there must be one that
+knows its package. Each measurement is a process of its own:
 
 - start: a loader is made, on a node that has no copy of the index and on one that has; for one rank and for four at
   once. Seconds, requests, bytes of memory at the peak above what a small data set takes.
@@ -109,7 +110,7 @@ class Bench:
         """What the measurement gives, and the requests of each of its parts by method."""
         temporary.mkdir(exist_ok=True)
         environment = os.environ | {
-            "PYTHONPATH": f"{checkout}:{ROOT / 'benchmarks'}",
+            "PYTHONPATH": f"{checkout}:{checkout / 'benchmarks'}",
             "TMPDIR": str(temporary),
         }
         environment |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}

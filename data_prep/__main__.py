@@ -33,7 +33,7 @@ def _splits(storage: Storage, asked: str | None) -> list[str]:
 
 
 def run_verify(arguments: Arguments) -> int:
-    """Check splits; 0 where every promise holds, 1 where not."""
+    """Check splits; 0 if every promise holds, 1 if not."""
     from data_prep.verify import verify
 
     if arguments.decode != "all" and not arguments.decode.isdigit():

@@ -23,7 +23,7 @@ _LEAST_MEMORY_GIB = 0.5  # of address space, of which ffmpeg takes a part before
 
 
 def _finite(text: str) -> float:
-    """A number from the command line; argparse tells the user where this raises ValueError."""
+    """A number from the command line; argparse tells the user if this raises ValueError."""
     number = float(text)
     if not math.isfinite(number):
         raise ValueError(text)
@@ -195,7 +195,7 @@ class Options:
     asked_shard_size: int | None
 
     def shard_size(self, inputs: int) -> int:
-        """Inputs a shard, where there are `inputs` of them."""
+        """Inputs a shard, if there are `inputs` of them."""
         # Small sets still make a few shards for loaders to share.
         return self.asked_shard_size or min(256, max(16, -(-inputs // 8)))
 

@@ -22,7 +22,7 @@ def placed(
     its first picture stands; `cuts`: holes in the file, (from, to) in seconds from there, that are left out.
     Boxes are fractions of the picture, which cropping-free transcoding leaves
     valid. `frame` counts the transcoded pictures from 0. Boxes outside the video are counted, not kept;
-    raises Rejected where none lies inside.
+    raises Rejected if none lies inside.
     """
     boxes, outside = [], 0
     for line in lines:

@@ -2,7 +2,7 @@
 
 Each row of the annotation is one input, whether its video is there or not: a video that is missing is a reject.
 Videos are found by the name that the data set's publishers give them, without the suffix, anywhere below the
-videos' folder; where several files have that name the one that is sound is taken.
+videos' folder; if several files have that name the one that is sound is taken.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 
-# What the system says where a disk, a mount or the machine fails, whatever the file holds.
+# What the system says when a disk, a mount or the machine fails, whatever the file holds.
 _MACHINE_FAULTS = {
     *(errno.EIO, errno.EREMOTEIO, errno.ESTALE, errno.ENODEV, errno.ENOMEM, errno.EMFILE, errno.ENFILE),
     *(errno.ENOTCONN, errno.ECONNREFUSED, errno.ECONNRESET, errno.ECONNABORTED, errno.ETIMEDOUT),

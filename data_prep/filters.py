@@ -1,7 +1,7 @@
 """The chain of ffmpeg filters that makes a source's pictures what the data set holds: evenly timed, progressive,
 upright, of square pixels, at most so large, 8-bit 4:2:0 of BT.601 in limited range.
 
-The chain is made once for a file (`-reinit_filter 0`), so that time runs on where a stream changes its size.
+The chain is made once for a file (`-reinit_filter 0`), so that time runs on when a stream changes its size.
 """
 
 from __future__ import annotations

@@ -29,9 +29,8 @@ class Walk:
 
     top: Path
     refused: list[tuple[str, str]] = field(default_factory=list)  # folders that cannot be entered, with why
-    junk: Counter[str] = field(
-        default_factory=Counter
-    )  # hidden files, and folders that are no user's, by name
+    # Hidden files, and folders that are no user's, by name.
+    junk: Counter[str] = field(default_factory=Counter)
 
     def files(self) -> Iterator[str]:
         """Paths of every entry that is not a folder, sorted.

@@ -30,9 +30,8 @@ _stopping = threading.Event()
 _WALL_FACTOR = 10  # wall seconds allowed per CPU second allowed
 _MAX_FILE_BYTES = 8 * 2**30
 _STDERR_BYTES = 2**20  # read of a helper's messages: as much of their end as of their beginning
-_ENDED_BY_SIGNAL = (
-    255  # what ffmpeg ends with where it is sent SIGTERM, or SIGXCPU at its limit: it handles both
-)
+# What ffmpeg ends with if it is sent SIGTERM, or SIGXCPU at its limit: it handles both.
+_ENDED_BY_SIGNAL = 255
 
 
 @dataclass(frozen=True)
@@ -88,10 +87,10 @@ class _Watch:
 def run(
     arguments: list[str], limits: Limits, feed: Callable[[IO[bytes]], object] | None = None
 ) -> tuple[int, str]:
-    """Run a helper to its end; (exit status, its stderr, of which the middle is left out where it is long).
+    """Run a helper to its end; (exit status, its stderr, of which the middle is left out if it is long).
 
     `feed` writes the helper's stdin (a helper that stops reading is no error here: its status tells).
-    Raises Interrupted where it is ended by a signal, hence also by a limit.
+    Raises Interrupted if it is ended by a signal, hence also by a limit.
     """
     _check_allowed()
     with tempfile.TemporaryFile() as messages:
@@ -175,7 +174,7 @@ class Prober:
         self._process: subprocess.Popen[str] | None = None
 
     def source(self, path: str) -> SourceInfo:
-        """See `probe.probe_source`; raises Rejected, or Interrupted where the process died on the file."""
+        """See `probe.probe_source`; raises Rejected, or Interrupted if the process died on the file."""
         return SourceInfo(**self._ask("source", path))
 
     def video(self, path: str) -> VideoInfo:

@@ -27,19 +27,19 @@ DUPLICATE = "duplicate: listed more than once"
 class Item:
     """One input: a file, a clip to be rendered, or one that is known to be missing.
 
-    `choices`: where several files have its name, their paths and names below the videos' folder, in groups: a file
+    `choices`: if several files have its name, their paths and names below the videos' folder, in groups: a file
     of the first group has the better claim. Which one is taken depends on which are sound.
     """
 
     source: str  # unique name of the input in its data set, as it goes into index and rejects
     path: str | None = None
-    file: str | None = None  # where the source goes by another name: the file below the videos' folder
+    file: str | None = None  # if the source goes by another name: the file below the videos' folder
     choices: tuple[tuple[tuple[str, str], ...], ...] = ()
     clip: Clip | None = None
     label: int = -1
     label_name: str | None = None
     extra: dict[str, Any] = field(default_factory=dict)  # further fields of the sample's JSON
-    reason: str | None = None  # set where the input is refused before it is opened
+    reason: str | None = None  # set if the input is refused before it is opened
 
     @property
     def key(self) -> str:

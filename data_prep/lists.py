@@ -96,7 +96,7 @@ class _Labels:
             raise UserError(
                 f"{row.where}: {row.line!r}: labels are all numbers or all names, but {_short(name)} has the name "
                 f"{name.label!r} and {_short(number)} the number {number.label}; remove a header "
-                "line, give one kind, and -1 where there is no label"
+                "line, give one kind, and -1 if there is no label"
             )
         if kind == "name":
             return replace(item, label_name=self._checked_name(row))

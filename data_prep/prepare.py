@@ -5,7 +5,7 @@
     progress-<split>/retried.json, base-*  while rejects are retried: which ones, and the files about to be replaced
 
 A run that ends at any point is continued by the same command: slices with a record are not made again. Beside
-a finished split the folder counts only where it holds a begun retry; else it is what an ended run left there.
+a finished split the folder counts only if it holds a begun retry; else it is what an ended run left there.
 """
 
 from __future__ import annotations
@@ -130,7 +130,7 @@ class _Plan:
 def _plan(
     storage: Storage, split: str, inputs: Inputs, settings: dict[str, Any], retry: bool
 ) -> _Plan | DatasetManifest:
-    """The plan of this run; the manifest where there is nothing to do."""
+    """The plan of this run; the manifest if there is nothing to do."""
     folder = progress_folder(split)
     begun = set(storage.names(folder))
     retrying = begun >= _RETRY_STATE
@@ -385,7 +385,7 @@ def sole_writer(storage: Storage, split: str) -> Iterator[None]:
 
 
 def summary(storage: Storage, manifest: DatasetManifest, remarks: list[str], seconds: float | None) -> str:
-    """The closing words for the terminal; `seconds` none where there was nothing left to do."""
+    """The closing words for the terminal; `seconds` none if there was nothing left to do."""
     kinds = reject_kinds(read_table(storage, manifest.rejects_file.name, ["reason"]))
     size = sum(shard.size for shard in manifest.shards)
     hours = (pc.sum(read_table(storage, manifest.index.name, ["duration"])["duration"]).as_py() or 0) / 3600

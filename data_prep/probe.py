@@ -51,7 +51,7 @@ class SourceInfo:
     primaries: int
     transfer: int
     rotation: int  # degrees, anticlockwise, by which the stored picture is to be turned
-    transform: list[int]  # a, b, c, d of the display matrix; empty where the stored picture is upright
+    transform: list[int]  # a, b, c, d of the display matrix; empty if the stored picture is upright
     square_pixels: bool
     cropped: bool  # an mp4 asks for a part of the stored pictures (clean aperture)
     interlaced: bool  # the first picture, or the stream as a whole, is flagged so
@@ -59,7 +59,7 @@ class SourceInfo:
     timed: bool  # not a raw stream, whose pictures have no times
     joins: int  # places where streams were joined, which the demuxer takes for a loss
     key_interval: int  # pictures from one key picture to the next, at most
-    references: int  # pictures that others may refer to; all of them where the codec is not H.264 in mp4
+    references: int  # pictures that others may refer to; all of them if the codec is not H.264 in mp4
     discarded: int  # pictures in the file that an edit list hides
     constant_rate: bool
     fps_num: int  # the rate that the packets' times show
@@ -176,7 +176,7 @@ def _scan(container: InputContainer, stream: VideoStream) -> _Scan:
             if goes_back(before, decoded):
                 scan.parts.append([])
                 # The demuxer takes the next stream's count of packets for a loss in what it reads just then: the
-                # last picture, or the one before where a parser looks ahead.
+                # last picture, or the one before if a parser looks ahead.
                 scan.joins += since_corrupt < 2
             since_corrupt = 0 if packet.is_corrupt else since_corrupt + 1
             if packet.size and not packet.is_discard:
@@ -210,7 +210,7 @@ def _read_through(path: str) -> tuple[_Scan, Timeline, bytes]:
 def probe_source(path: str) -> SourceInfo:
     """Read the input file `path` whole (packets only, one picture decoded).
 
-    Raises Rejected where it holds no video, is cut off, or nothing in it decodes.
+    Raises Rejected if it holds no video, is cut off, or nothing in it decodes.
     """
     scan, shown, movie = _read_through(path)
     with _open(path) as container:  # again from the start: not every container can seek back
@@ -264,7 +264,7 @@ def probe_source(path: str) -> SourceInfo:
 
 
 def _check_edits(path: str, track: int, packets: int, stated: int) -> bytes:
-    """The movie box of the mp4 `path`. Raises Rejected where fewer pictures than the `stated` are in the file, or
+    """The movie box of the mp4 `path`. Raises Rejected if fewer pictures than the `stated` are in the file, or
     its edit list asks for more than to begin later, to leave out pictures or to show some again: players do not
     agree about the rest.
     """
@@ -290,7 +290,7 @@ def _check_edits(path: str, track: int, packets: int, stated: int) -> bytes:
 
 
 def _transform(frame: av.VideoFrame) -> list[int]:
-    """a, b, c, d of the picture's display matrix; empty where there is none or it changes nothing."""
+    """a, b, c, d of the picture's display matrix; empty if there is none or it changes nothing."""
     sides: Any = frame.side_data  # a mapping by its type, a sequence when it is gone through
     data = next((data for data in sides if data.type == Type.DISPLAYMATRIX), None)
     if data is not None:

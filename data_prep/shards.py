@@ -63,7 +63,7 @@ class Outcome:
 class SliceRecord(BaseModel):
     """`progress-<split>/slice-<number>.json`."""
 
-    shard: ShardEntry | None  # none where every input of the slice was rejected
+    shard: ShardEntry | None  # none if every input of the slice was rejected
     rows: list[dict[str, Any]]  # of the index
     rejects: list[tuple[str, str]]
 

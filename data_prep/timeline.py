@@ -9,7 +9,7 @@ from itertools import pairwise
 _STANDARD_RATES = [Fraction(n) for n in range(1, 241)] + [Fraction(n * 1000, 1001) for n in (24, 30, 60, 120)]
 # A decoding time that goes back by more starts a new part of a file whose clock was set again (joined streams).
 _MAX_STEP_BACK_S = Fraction(1, 10)
-# No picture is held for longer than this, or than so many intervals where pictures come more slowly.
+# No picture is held for longer than this, or than so many intervals if pictures come more slowly.
 _MAX_HOLD_S = Fraction(1)
 _MAX_HOLD_INTERVALS = 10
 
@@ -34,7 +34,7 @@ def goes_back(before: Fraction | None, after: Fraction | None) -> bool:
 def timeline(parts: list[list[Fraction]]) -> Timeline:
     """The timeline of pictures at `parts`: times in seconds, a list for each part with a clock of its own.
 
-    A picture is held until the next one comes, at most `max_hold`: the rest of a hole is cut. Where the clock
+    A picture is held until the next one comes, at most `max_hold`: the rest of a hole is cut. If the clock
     goes back the next picture follows after one interval.
     """
     times = [time for part in parts for time in sorted(part)]

@@ -35,7 +35,7 @@ _CONTAINER_ARGUMENTS = (
     *("-map_metadata", "-1", "-map_chapters", "-1"),
     *("-fflags", "+bitexact", "-flags:v", "+bitexact", "-movflags", "+faststart", "-f", "mp4", "-y"),
 )
-# What ffmpeg says where a picture is of another kind than the first.
+# What ffmpeg says if a picture is of another kind than the first.
 _CHANGE = re.compile(
     r"filter context - w: (\d+) h: (\d+) fmt: \d+ csp: (\S+) range: (\S+) .*"
     r"incoming frame - w: (\d+) h: (\d+) fmt: \d+ csp: (\S+) range: (\S+) "
@@ -47,7 +47,6 @@ _MAX_REPEATS = 5  # output pictures per source picture, past which most of a cli
 Preset = Literal[
     "ultrafast", "superfast", "veryfast", "faster", "fast", "medium", "slow", "slower", "veryslow"
 ]
-
 
 # Raised whenever the same source and settings give other pictures than before: a data set is made by one alone.
 CONVERSION = 2
@@ -118,7 +117,7 @@ def transcode(
 ) -> tuple[VideoInfo, SourceInfo]:
     """Encode the file `path` to the mp4 `target`; what was written and what was read.
 
-    Raises Rejected with the reason, or Interrupted where a helper was ended by a signal or limit.
+    Raises Rejected with the reason, or Interrupted if a helper was ended by a signal or limit.
     """
     source = prober.source(str(path))
     rate = output_rate(source, settings.max_fps)
@@ -128,7 +127,7 @@ def transcode(
     if expected > _MAX_REPEATS * source.packets:
         raise Rejected(f"timestamps: {source.packets} pictures spread over {source.duration:.0f} s")
     copied = settings.copy_if_compliant and compliant(source, settings)
-    # A raw stream's pictures have no times. Where time goes on after a gap ffmpeg must not mend it in its own way.
+    # A raw stream's pictures have no times. If time goes on after a gap ffmpeg must not mend it in its own way.
     clock = [] if source.timed else ["-r", f"{source.fps_num}/{source.fps_den}"]
     clock += ["-copyts"] if source.max_hold else []
     command = [
@@ -165,7 +164,7 @@ def transcode(
 
 
 def _check_changes(log: str) -> None:
-    """Raises Rejected where the pictures' shape or colours change within the stream; another size is scaled."""
+    """Raises Rejected if the pictures' shape or colours change within the stream; another size is scaled."""
     for change in _CHANGE.findall(log):
         (width, height, *old), (new_width, new_height, *new) = change[:4], change[4:]
         wide, tall = int(width) * int(new_height), int(new_width) * int(height)
@@ -203,7 +202,7 @@ def compliant(source: SourceInfo, settings: TranscodeSettings) -> bool:
 
 
 def accept(target: Path, settings: TranscodeSettings, prober: Prober, expected: int) -> VideoInfo:
-    """Read back a written file and refuse it where it is not the `expected` pictures."""
+    """Read back a written file and refuse it if it is not the `expected` pictures."""
     video = prober.video(str(target))
     if video.frames < max(settings.min_frames, expected * 0.98 - 2):
         raise Rejected(f"damaged: only {video.frames} of {expected} pictures decode")

@@ -49,7 +49,7 @@ class Report:
 def verify(storage: Storage, split: str, decode: int | None, workers: int) -> Report:
     """Check manifest, index, rejects, and each shard byte for byte; decode `decode` samples, or all (None).
 
-    Raises ValueError where the split does not exist.
+    Raises ValueError if the split does not exist.
     """
     manifest = load_manifest(storage, split)
     report = Report(split)
@@ -85,7 +85,7 @@ def verify(storage: Storage, split: str, decode: int | None, workers: int) -> Re
 
 
 def _checked_index(storage: Storage, manifest: DatasetManifest, report: Report) -> pa.Table:
-    """The index; without rows where it cannot be relied on."""
+    """The index; without rows if it cannot be relied on."""
 
     def checked(entry: FileEntry) -> bool:
         if not storage.exists(entry.name):
@@ -150,7 +150,7 @@ class _Hashed(io.RawIOBase):
 def _check_shard(
     storage: Storage, shard: ShardEntry, runs: list[pa.Table], chosen: set[str] | None, droppable: bool
 ) -> Report:
-    """One pass over a shard: digest, members against rows, and the chosen samples decoded, all where None."""
+    """One pass over a shard: digest, members against rows, and the chosen samples decoded, all if None."""
     report = Report(shard.name)
     rows = [row for run in runs for row in run.to_pylist()]
     expected = {row["key"]: row for row in rows}
@@ -185,7 +185,7 @@ def _check_shard(
 
 
 def _samples(stream: _Hashed) -> Iterator[tuple[str, bytes, int, object]]:
-    """(key, video, the video's offset, JSON) of each sample; ValueError where the members do not pair up."""
+    """(key, video, the video's offset, JSON) of each sample; ValueError if the members do not pair up."""
     described: tuple[str, object] | None = None
     with tarfile.open(fileobj=stream, mode="r|") as tar:
         for member in tar:
@@ -250,7 +250,7 @@ def check_video(video: bytes, row: dict[str, Any], droppable: bool) -> list[str]
 
 
 def _decode(video: bytes, drop: bool) -> tuple[dict[int, _Picture], int]:
-    """Pictures by time, without those that nothing refers to where `drop` is set; and how many B-pictures are
+    """Pictures by time, without those that nothing refers to if `drop` is set; and how many B-pictures are
     marked as references."""
     pictures: dict[int, _Picture] = {}
     references = set()

@@ -29,7 +29,7 @@ from data_prep.transcode import TranscodeSettings, accept, encode_raw, transcode
 
 _PIECE_BYTES = 2**20
 _SCRATCH = "data-prep-"
-_TRIES = 6  # of one video, where its helpers are killed from outside (an operator, the kernel out of memory)
+_TRIES = 6  # of one video, if its helpers are killed from outside (an operator, the kernel out of memory)
 
 
 def process(item: Item, folder: Path, settings: TranscodeSettings, limits: Limits, prober: Prober) -> Outcome:
@@ -132,8 +132,8 @@ def _make(
 
 
 def _check_file(path: str, whole: bool = False) -> None:
-    """Raises Rejected where opening `path`, or reading the `whole` of it, would fail or wait for ever; OSError
-    where that is the fault of its disk or mount."""
+    """Raises Rejected if opening `path`, or reading the `whole` of it, would fail or wait for ever; OSError
+    if that is the fault of its disk or mount."""
     try:
         status = os.stat(path)
         if not stat.S_ISREG(status.st_mode):
@@ -149,7 +149,7 @@ def _check_file(path: str, whole: bool = False) -> None:
     except OSError as error:
         if is_machines_fault(error):
             raise OSError(
-                f"{path}: {error.strerror}; where it is this file alone, put an empty one in its place, which is "
+                f"{path}: {error.strerror}; if it is this file alone, put an empty one in its place, which is "
                 "rejected"
             ) from error
         if isinstance(error, FileNotFoundError) and _holds_nothing(os.path.dirname(path)):

@@ -17,8 +17,7 @@ from arvideo_dist.storage import Storage
 from arvideo_dist.train.checkpoint.layout import complete_checkpoints
 from tests import warm
 from tests.conftest import ROOT
-from tests.services.mlflow_server import new_database
-from tests.train.runs import TINY, history, make_data, write_config
+from tests.train.runs import history, runs_folder, write_config
 
 BIN = Path(sys.executable).parent
 
@@ -38,10 +37,8 @@ def _free_ports(number: int) -> list[str]:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("submit")
-    make_data(folder / "data")
-    new_database(folder / "runs/mlflow.db")
-    write_config(folder / "tiny.yaml", train={**TINY["train"], "steps": 4}, run={"name": "from-environment"})
+    folder = runs_folder(tmp_path_factory.mktemp("submit"))
+    write_config(folder / "tiny.yaml", train={"steps": 4}, run={"name": "from-environment"})
     return folder
 
 

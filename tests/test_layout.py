@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 # From the bottom up; a module imports from its own line and those before. What stands in no line is a command.
 LAYERS = (
-    ("s3", "storage", "processes", "stacks", "hardware"),
+    ("s3", "storage", "processes", "stacks", "hardware", "threads"),
     ("data",),
     ("config",),
     ("model",),
@@ -89,10 +89,8 @@ def test_the_packages_of_a_layer_import_each_other_in_one_direction() -> None:
     for module, others in arrows().items():
         for other in others:
             a, b = module.rpartition(".")[0], other.rpartition(".")[0]
-            if a != b and "arvideo_dist" not in (
-                a,
-                b,
-            ):  # beside the packages stand commands, and files below all
+            # Beside the packages stand commands, and files below all.
+            if a != b and "arvideo_dist" not in (a, b):
                 between.setdefault(a, set()).add(b)
     try:
         graphlib.TopologicalSorter(between).prepare()

@@ -16,7 +16,7 @@ def choose_source(
 ) -> ClipSource:
     """The clips of data set `path`, by default those that `run` is validated on.
 
-    Raises ValueError where there is neither, and where the split does not exist.
+    Raises ValueError if there is neither, and if the split does not exist.
     """
     if path is None and (run is None or run.path is None):
         raise ValueError("which clips? Give --data PATH, the folder or URI of a data set made by data_prep")
@@ -32,7 +32,7 @@ def load_clips(
 ) -> Iterator[Batch]:
     """The first `clips` clips of `source`, in batches of one, with what `draw` draws for them.
 
-    Clips that cannot be decoded are named on stderr and left out. Raises ValueError where none is left.
+    Clips that cannot be decoded are named on stderr and left out. Raises ValueError if none is left.
     """
     number = min(clips, load_manifest(source.storage, source.split).samples)
     loader = ClipLoader(

@@ -101,7 +101,7 @@ def _page(orders: Mapping[str, DrawnOrder], step: int | None, caption: str) -> N
 
 
 def _colours(order: DrawnOrder, step: int | None) -> NDArray[np.uint8]:
-    """[T, H, W, 3]. Whole order: every token in its step's colour, dimmed where it is never seen. At a step:
+    """[T, H, W, 3]. Whole order: every token in its step's colour, dimmed if it is never seen. At a step:
     in colour what the step sees, all else dark."""
     palette = matplotlib.colormaps["viridis"]
     # The darkest fifth is left out: it would look like a token that is not seen.

@@ -60,7 +60,7 @@ def pages(clip: Predicted, steps: list[PredictionStep], model: ModelConfig) -> I
     """The prediction of one clip as it proceeds: before the first step, then after each (at most `MAX_PAGES`).
 
     Rows: the input; the tokens that the step sees; all that is predicted so far. What the page's step predicts
-    is outlined in red; where several steps share a page, the last one's context is shown.
+    is outlined in red; if several steps share a page, the last one's context is shown.
     """
     shown = sorted(
         set(np.linspace(0, len(steps), min(len(steps) + 1, MAX_PAGES)).round().astype(int).tolist())

@@ -17,7 +17,7 @@ def write_results(files: Mapping[str, bytes], out: Storage, runs: Sequence[Stora
     """Write `files` (content by name) into `out` and log them with the MLflow run of each of `runs`, which are
     training runs' folders. Returns where they went, a line each.
 
-    Raises NotLoggedError, once all is written, where an MLflow run cannot be reached.
+    Raises NotLoggedError, once all is written, if an MLflow run cannot be reached.
     """
     for name, content in files.items():
         out.write_bytes(name, content)

@@ -87,7 +87,7 @@ def reconstruct(trained: Trained, clips: Clips) -> Found:
     """reconstruct.png of all clips and reconstruct-<clip>.gif of each. Raises ValueError."""
     config = trained.pretraining
     model_config = config.model
-    # All of a cluster's tokens, also where training asked for a share of them: queries do not see each other.
+    # All of a cluster's tokens, also if training asked for a share of them: queries do not see each other.
     model = trained.load_model(config.decoder.model_copy(update={"target_ratio": 1.0}))
     model = model.to(_device()).eval()
     batches = load_clips(

@@ -111,7 +111,7 @@ def young(save_extra_s: float, mtbf_s: float) -> float:
 
 
 def restart_for(costs: Costs, interval_steps: int, mtbf_s: float, goal: float) -> float | None:
-    """The longest `restart_s` at which the share `goal` is effective; None where saves and lost steps alone cost
+    """The longest `restart_s` at which the share `goal` is effective; None if saves and lost steps alone cost
     more. `costs.restart_s` does not matter."""
     at_once = Costs(costs.step_s, costs.save_extra_s, costs.save_visible_s, 0.0)
     share = closed_form(at_once, interval_steps, mtbf_s).effective

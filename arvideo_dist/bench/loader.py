@@ -65,7 +65,7 @@ class Plan:
 
 
 def run(plan: Plan, gpu_clips_per_second: float, say: Callable[[str], None]) -> dict[str, Any]:
-    """All figures, as the result file holds them. Raises ValueError where videos are missing."""
+    """All figures, as the result file holds them. Raises ValueError if videos are missing."""
     torch.set_num_threads(1)
     reference = _reference_files(plan, say)
     only_decord = _samples(plan, LoaderOptions())
@@ -141,9 +141,8 @@ class VideoMAELoader:
         return clip.view(FRAMES, 3, SIZE, SIZE).transpose(0, 1), torch.from_numpy(np.tile(mask, 8))
 
 
-_STAGES: dict[
-    str, list[tuple[Any, str]]
-] = {  # what a stage is made of, as the worker finds it when it calls it
+# What a stage is made of, as the worker finds it when it calls it.
+_STAGES: dict[str, list[tuple[Any, str]]] = {
     "read": [(MemberReader, "read")],
     "decode": [(loader_module, "decode_planes")],  # and what ClipSamples.decode_rgb holds
     "colour": [(decode_module, "_rgb")],

@@ -49,7 +49,7 @@ class Plan:
 
 
 def run(plan: Plan, say: Callable[[str], None]) -> dict[str, Any]:
-    """Every round's seconds and their mean. Raises RuntimeError where the run ends early."""
+    """Every round's seconds and their mean. Raises RuntimeError if the run ends early."""
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         _make_data(folder / "data")

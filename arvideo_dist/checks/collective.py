@@ -28,7 +28,7 @@ class Bandwidth:
 def measure(rank: int, world: int, address: str, *, cuda: bool) -> Bandwidth:
     """Collective. Join a group at `address` (host:port of rank 0), measure, leave.
 
-    Raises RuntimeError (torch's DistError and its like) where the group does not come up in time.
+    Raises RuntimeError (torch's DistError and its like) if the group does not come up in time.
     """
     device = torch.device("cuda", 0) if cuda else torch.device("cpu")  # Ray shows each actor its own
     dist.init_process_group(

@@ -26,9 +26,8 @@ class Finding:
     level: Level
     message: str
     passing: bool = False  # may go away by itself
-    away: bool = (
-        False  # a store or server that cannot be reached now, which is passing; the request may be right
-    )
+    # A store or server cannot be reached now, which is passing; the request may be right.
+    away: bool = False
     where: str = ""
 
     def at(self, where: str) -> Finding:

@@ -26,9 +26,8 @@ from arvideo_dist.train.checkpoint.layout import FOLDER
 PACKAGES = ("arvideo-dist", "torch", "deepspeed", "ray", "mlflow", "pyarrow", "decord")
 
 _NCCL_ADVISED_BYTES = 2**30  # NCCL's guide, "Troubleshooting: Shared memory": --shm-size=1g
-_RAY_FULL = (
-    0.95  # past this share of its disk Ray spills and stores no more objects (local_fs_capacity_threshold)
-)
+# Past this share of its disk Ray spills and stores no more objects (local_fs_capacity_threshold).
+_RAY_FULL = 0.95
 _GPU_TAKEN = 0.1  # share of a GPU's memory in others' hands that is worth a word
 
 
@@ -112,7 +111,7 @@ def check_shared_memory(
         return Finding(
             check,
             Level.WARNING,
-            f"{found}, and {_size(advised)} where data.device_transforms meets videos larger than the first "
+            f"{found}, and {_size(advised)} if data.device_transforms meets videos larger than the first "
             f"ones: {remedy}",
         )
     if cuda and usage.total < _NCCL_ADVISED_BYTES:
@@ -202,7 +201,7 @@ def _room(folder: Path, required: int, what: str, remedy: str, *, ray: bool = Fa
 
 
 def _writable(folder: Path) -> Finding | None:
-    """The error where this process cannot write into `folder`, which is made where it is missing."""
+    """The error if this process cannot write into `folder`, which is made if it is missing."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
@@ -224,7 +223,7 @@ def _held(folder: Path, pattern: str) -> int:
 
 
 def versions() -> dict[str, str]:
-    """Of the packages that must be alike on all machines; "missing" where one is not installed."""
+    """Of the packages that must be alike on all machines; "missing" if one is not installed."""
     found = {}
     for package in PACKAGES:
         try:

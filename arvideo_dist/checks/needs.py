@@ -23,7 +23,7 @@ class Needs:
     """In bytes; `shm`, `memory` and `device_memory` of one training worker, the others of a node or the run."""
 
     shm: int
-    shm_for_large_batches: int  # what passes through /dev/shm where device_transforms underrates a batch
+    shm_for_large_batches: int  # what passes through /dev/shm if device_transforms underrates a batch
     memory: Memory  # of the host
     device_memory: Memory  # of the worker's GPU
     index: int  # the mapped index, once a node

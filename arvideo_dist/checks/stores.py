@@ -249,7 +249,7 @@ def _check_server(uri: str) -> Finding:
     if answer.status_code in (401, 403):
         return error(
             f"refuses access ({answer.status_code}): set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or "
-            f"MLFLOW_TRACKING_TOKEN, on driver and workers; where it is started with --allowed-hosts, name {host}"
+            f"MLFLOW_TRACKING_TOKEN, on driver and workers; if it is started with --allowed-hosts, name {host}"
         )
     if answer.status_code != 200:
         return error(

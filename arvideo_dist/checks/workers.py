@@ -371,7 +371,7 @@ def _no_room(config: RunConfig, fitting: int, bundle: dict[str, float]) -> Findi
         "room",
         Level.ERROR,
         f"the cluster has room for {fitting} workers of {_resources(bundle)}, the run wants at least "
-        f"{config.cluster.min_workers}: add nodes (where an autoscaler does, wait for it with --wait SECONDS; its "
+        f"{config.cluster.min_workers}: add nodes (if an autoscaler does, wait for it with --wait SECONDS; its "
         "limit is maxReplicas), or lower cluster.workers or cluster.cpus_per_worker",
     )
 

@@ -26,7 +26,7 @@ class RunConfigSection(Section):
     resume: Annotated[Literal["auto", "must", "never"], FREE] = Field(
         "auto",
         description="auto: from the latest complete checkpoint if there is one; must: refuse to start "
-        "without one; never: refuse to start where there is one",
+        "without one; never: refuse to start if there is one",
     )
     allow_change: Annotated[tuple[str, ...], FREE] = Field(
         (),
@@ -110,7 +110,7 @@ class ClusterConfig(Section):
         "those that run save and make way for a wider set",
     )
     device: Annotated[Literal["auto", "cpu", "cuda"], FREE] = Field(
-        "auto", description="auto: cuda where the cluster has GPUs when the command starts"
+        "auto", description="auto: cuda if the cluster has GPUs when the command starts"
     )
     cpus_per_worker: Annotated[PositiveInt, FREE] = Field(
         1, description="CPU cores that Ray reserves for each worker"

@@ -37,7 +37,7 @@ class Edit(NamedTuple):
 
 
 def read_movie(file: IO[bytes]) -> bytes:
-    """The body of the movie box of an mp4 or QuickTime file, read without the rest; empty where it has none."""
+    """The body of the movie box of an mp4 or QuickTime file, read without the rest; empty if it has none."""
     while len(header := file.read(8)) == 8:
         size, kind = struct.unpack(">I4s", header)
         body = size - 8
@@ -52,7 +52,7 @@ def read_movie(file: IO[bytes]) -> bytes:
 
 
 def read_edits(movie: memoryview, track_id: int) -> list[Edit]:
-    """The edit list of one track, from the movie box's body; empty where it has none."""
+    """The edit list of one track, from the movie box's body; empty if it has none."""
     for kind, body in boxes(movie):
         if kind == b"trak":
             track = dict(boxes(body))

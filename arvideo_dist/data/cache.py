@@ -1,6 +1,6 @@
 """A bounded cache of whole shards on a node's disk, shared by all processes of the node.
 
-It pays where reads stay within a few shards for a while (`shuffle_block_shards`); under a full shuffle nearly
+It pays if reads stay within a few shards for a while (`shuffle_block_shards`); under a full shuffle nearly
 every read would fetch another shard.
 """
 
@@ -99,7 +99,7 @@ class ShardCache:
 
     @contextmanager
     def _lock(self, name: str, wait: bool = True) -> Iterator[bool]:
-        """Hold the lock `name`; gives False where it is held elsewhere and `wait` is False."""
+        """Hold the lock `name`; gives False if it is held elsewhere and `wait` is False."""
         with (self.folder / f"{name}.lock").open("w") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)

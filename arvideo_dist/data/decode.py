@@ -2,7 +2,7 @@
 
 Shards of data_prep hold H.264 files in which most pictures are B-pictures that nothing refers to. Of such a
 file only the packets that the wanted frames need are decoded (through PyAV). Any other file is decoded as a
-whole, through decord, or through PyAV where an edit list may hide frames. Where several ways apply they give
+whole, through decord, or through PyAV if an edit list may hide frames. If several ways apply they give
 identical frames.
 
 `indices` are frame numbers in display order, sorted and unique. Frames come back in that order, as views of
@@ -86,7 +86,7 @@ class Selection(NamedTuple):
 
 
 def select_packets(video: bytes, indices: NDArray[np.int64]) -> Selection | None:
-    """The packets that frames `indices` need; BadSample where the file has fewer frames.
+    """The packets that frames `indices` need; BadSample if the file has fewer frames.
 
     None if the file is not of the kind: H.264 in plain mp4 with closed groups of pictures. Such groups are
     independent, and frame numbers run through them one group after the other in decoding and in display order

@@ -42,8 +42,8 @@ INDEX_SCHEMA = pa.schema(
         ("fps", pa.float64()),
         ("frames", pa.int32()),
         ("duration", pa.float64()),  # seconds
-        ("label", pa.int32()),  # -1 where there is none
-        ("label_name", pa.string()),  # null where there is none
+        ("label", pa.int32()),  # -1 if there is none
+        ("label_name", pa.string()),  # null if there is none
         ("source", pa.string()),  # the input file, relative to the input folder, or what made the clip
     ]
 )
@@ -88,7 +88,7 @@ class DatasetManifest(BaseModel):
     split: str
     samples: int
     rejects: int
-    labels: list[str] = Field(description="label names by label index; empty where the set has no labels")
+    labels: list[str] = Field(description="label names by label index; empty if the set has no labels")
     settings: dict[str, Any] = Field(description="every setting that decides the shards' bytes")
     fingerprint: str = Field(description="sha256 of the settings, encoder version and thread count included")
     index: FileEntry
@@ -116,7 +116,7 @@ class SampleRow:
 
 
 def load_manifest(storage: Storage, split: str, patience_s: float = _PATIENCE_S) -> DatasetManifest:
-    """Read the manifest of `split`; ValueError with the remedy where there is none or it is not ours.
+    """Read the manifest of `split`. Raises ValueError if it is missing or not written by data_prep.
 
     A storage that fails is asked again for `patience_s` seconds.
     """
@@ -176,7 +176,7 @@ def index_cache() -> Path:
 def open_index(
     storage: Storage, split: str, cache: Path | None = None, manifest: DatasetManifest | None = None
 ) -> DatasetIndex:
-    """Open the index of `split`, verified against its `manifest` (read here where it is not given).
+    """Open the index of `split`, verified against its `manifest` (read here if it is not given).
 
     The Parquet file is turned once a node into an uncompressed Arrow file under `cache` (default: the
     system's temporary folder), named by its digest, and mapped from there. Raises ValueError if the

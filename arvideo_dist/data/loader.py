@@ -95,12 +95,12 @@ class BadRecord:
 
 @dataclass
 class Batch:
-    """One micro batch of one rank. Where weight is 0 (padding, bad sample) the clip is all zeros."""
+    """One rank's micro batch. A clip of weight 0 (padding or a bad sample) is all zeros."""
 
     clips: torch.Tensor  # uint8 [B, 3, T, S, S], strided as [B, T, S, S, 3]; empty until `to` with planes
     inputs: dict[str, torch.Tensor]  # [B, ...], what the task has drawn for each clip (`Draw`)
     weights: torch.Tensor  # float32 [B], 1 or 0
-    places: torch.Tensor  # int64 [B], PAD (-1) where no place is left
+    places: torch.Tensor  # int64 [B], PAD (-1) if no place is left
     bad: list[BadRecord]
     planes: PlanarClips | None = None  # under device transforms: what `to` makes the clips from
     host_inputs: dict[str, torch.Tensor] = field(default_factory=dict)  # `inputs` as they were before `to`
@@ -248,7 +248,7 @@ class ClipSamples:
         return {name: torch.from_numpy(np.stack([each[name] for each in drawn])) for name in drawn[0]}
 
     def names(self, places: Sequence[int]) -> list[tuple[str, str]]:
-        """Shard and key of the samples at `places`; the shard with its data set where there are several."""
+        """Shard and key of the samples at `places`; the shard with its data set if there are several."""
         located = self.order.locate(places)
         rows = [self.indexes[each.source][each.row] for each in located]
         return [(self._shard_name(each, row), row.key) for each, row in zip(located, rows, strict=True)]
@@ -392,7 +392,7 @@ class ClipLoader:
     ) -> None:
         """Loads steps from place `position` on, up to `stop_position` (None: for ever).
 
-        The last step is padded with weight 0 where it passes `stop_position`. Several `sources` are mixed by their
+        The last step is padded with weight 0 if it passes `stop_position`. Several `sources` are mixed by their
         weights. `draw` makes what the task adds to each clip. A rank takes `unit` places together. `workers=0`
         decodes in this process. Raises ValueError if a split is missing or damaged; iteration raises DataReadError
         if a shard cannot be read and DecodeWorkersError if no worker stays alive.

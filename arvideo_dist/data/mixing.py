@@ -1,7 +1,7 @@
 """Mixup and cutmix of pairs of clips, with label smoothing (timm's Mixup as VideoMAE uses it).
 
 The places of a run come in units of 2 R, with R the number of repeats of a sample, and the partner of a place is
-R places away in its unit: another visit, which is another sample except where one epoch follows the other. A micro
+R places away in its unit: another visit, which is another sample except when one epoch follows the other. A micro
 batch holds whole units, so a clip and its partner always share one, at any world size, and everything drawn for a
 pair is keyed by its first place.
 
@@ -34,9 +34,8 @@ class Mixing:
 class PairDraw(NamedTuple):
     """What was drawn for one pair; both of its clips carry it."""
 
-    share: NDArray[
-        np.float32
-    ]  # []: of a clip's own label, the rest is its partner's; 1: the pair stays unmixed
+    # []: of a clip's own label, the rest is its partner's; 1: the pair stays unmixed.
+    share: NDArray[np.float32]
     box: NDArray[np.int64]  # [4] top, bottom, left, right of what is cut from the partner; no area: mixup
 
 

@@ -19,7 +19,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-PAD = -1  # stands in a micro batch where no place is left; its weight is 0
+PAD = -1  # stands in a micro batch if no place is left; its weight is 0
 
 _FEISTEL_ROUNDS = 16  # fewer leave permutations of very small sets unequally likely
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
@@ -176,7 +176,7 @@ class Located(NamedTuple):
 def mixture_shares(weights: Sequence[float]) -> list[int]:
     """Visits of each data set in a block of a mixture: the least whole numbers in the weights' proportions.
 
-    Raises ValueError where that block is so long that the data sets' epochs would run into each other.
+    Raises ValueError if that block is so long that the data sets' epochs would run into each other.
     """
     if not weights or min(weights) <= 0:
         raise ValueError(f"data sets are mixed by weights above 0, got {list(weights)}")
@@ -247,7 +247,7 @@ def places_of_rank(
 
     Each rank takes one stretch of [position, position + global_batch); the stretches differ by at most one `unit`
     of places, which divides both batch sizes, so that the places of a unit always share a micro batch. Every rank
-    gets the same number of lists, every list has `micro_batch` entries, PAD where places are used up.
+    gets the same number of lists, every list has `micro_batch` entries, PAD when places are used up.
     """
     assert not global_batch % unit
     assert not micro_batch % unit

@@ -3,7 +3,7 @@
 A fresh page of shared memory costs several times what writing it does: the kernel clears it, and both processes
 map it. So the training process makes one file of many slots. A request to a worker names a free slot, the
 batch's large tensors are written there, and the slot is free again when the last tensor over it is gone. Slots
-that were never used take no memory. Where no slot is free, or one is too small, a batch travels as torch's
+that were never used take no memory. If no slot is free, or one is too small, a batch travels as torch's
 loader sends it, in memory of its own.
 """
 

@@ -63,7 +63,7 @@ class DecodePool(Generic[BatchT]):
     def __init__(
         self, samples: PlacesToBatch[BatchT], workers: int, pin_memory: bool, slot_bytes: int = 0
     ) -> None:
-        """`slot_bytes`: what the tensors of a batch from `shared_empty` take; 0 where there are none."""
+        """`slot_bytes`: what the tensors of a batch from `shared_empty` take; 0 if there are none."""
         self.samples, self.workers, self.pin_memory = samples, workers, pin_memory
         self.slot_bytes = slot_bytes
         self._at = torch.empty(2, 0)
@@ -184,7 +184,7 @@ class _InWorker(Dataset[Parcel], Generic[BatchT]):
 
 @contextmanager
 def watched(place: int, limit_seconds: float) -> Iterator[None]:
-    """Around the decoding of one sample: notes the place, and ends the worker with a traceback on stderr where
+    """Around the decoding of one sample: notes the place, and ends the worker with a traceback on stderr if
     it takes longer than `limit_seconds`. The watch is a thread of the C library's, so a decoder that hangs with
     Python's lock held ends as well. Does nothing outside a worker."""
     info = get_worker_info()
@@ -256,7 +256,7 @@ class _WorkerProcess(ForkServerProcess):
 
 
 class _WorkerContext(ForkServerContext):
-    """Processes from a fork server: safe where the rank has threads (Ray, NCCL), cheaper than spawn."""
+    """Processes from a fork server: safe if the rank has threads (Ray, NCCL), cheaper than spawn."""
 
     def __init__(self) -> None:
         self.processes: list[_WorkerProcess] = []  # in the order of the worker numbers

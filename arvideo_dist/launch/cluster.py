@@ -17,14 +17,14 @@ def connect(config: RunConfig) -> None:
     """Join the named or surrounding cluster, or start Ray on this machine.
 
     Workers are told which cluster theirs is. Else Ray Train asks the one that `ray start` left a note of on the
-    machine whether its controller lives, for 12 s at each end of its workers where that one is gone, and removes
-    the workers where it is another.
+    machine whether its controller lives, for 12 s at each end of its workers if that one is gone, and removes
+    the workers if it is another.
     """
     import ray
 
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")  # else each worker line shows twice
-    # Room was there when the driver looked (`Room.wait`); where it is gone again, the driver looks again.
+    # Room was there when the driver looked (`Room.wait`); if it is gone again, the driver looks again.
     os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "30")
     # It would set a handler of its own for SIGTERM, and says that it cannot do so outside the main thread.
     logging.getLogger("ray._private.worker").addFilter(

@@ -56,9 +56,8 @@ def launch(config: RunConfig, derived: Workload, lease: Lease, signals: Signals)
     """
     # Read as Ray is imported. Else a thread that still calls Ray after the run has left it would start another Ray.
     os.environ["RAY_ENABLE_AUTO_CONNECT"] = "0"
-    from arvideo_dist.train.tracking import (
-        runs as tracking,  # MLflow takes seconds to import: after all checks
-    )
+    # MLflow takes seconds to import: after all checks.
+    from arvideo_dist.train.tracking import runs as tracking
 
     run = lease.guard.storage()
     patiently(lease.guard.check)  # else a run that has one would be given a second MLflow run
@@ -119,7 +118,7 @@ def _fit(config: RunConfig, derived: Workload, uri: str, run_id: str, lease: Lea
     restarts, patience = Restarts(config.run.max_restarts, run.uri), seen.Patience()
     connect(config)
     try:
-        # Once: where all GPU nodes are away for a while, the next workers wait for them and do not go on on CPUs.
+        # Once: if all GPU nodes are gone later, new workers wait for a GPU instead of falling back to CPUs.
         use_gpu = use_gpu_of(config, ray.cluster_resources())
         with (
             Room(config, use_gpu, lease.guard.name) as room,
@@ -175,7 +174,7 @@ def _fit(config: RunConfig, derived: Workload, uri: str, run_id: str, lease: Lea
 def _leave_ray() -> None:
     import ray
 
-    with _LEAVING:  # where a run is given up, both threads come here
+    with _LEAVING:  # if a run is given up, both threads come here
         ray.shutdown()
 
 
@@ -190,7 +189,7 @@ def _newest_once_stores_answer(config: RunConfig, lease: Lease) -> str | None:
     """The name of the newest complete checkpoint of a run that is still ours; waits for a store of run or data that
     is away, or that shows less than was seen there, since new workers would need it too.
 
-    OSError if it stays away for an hour or where time alone does not mend it; LeaseLostError and
+    OSError if it stays away for an hour or if time alone does not mend it; LeaseLostError and
     RunInterruptedError as soon as the lease is known to be lost or the run is asked to stop.
     """
     run, until, said = run_folder(config), time.monotonic() + seen.AWAY_S, False

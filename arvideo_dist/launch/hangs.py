@@ -7,24 +7,20 @@ import signal
 import threading
 import uuid
 from collections.abc import Callable
-from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import psutil
 
 from arvideo_dist.storage import shown
+from arvideo_dist.threads import BlockThread
+from arvideo_dist.train.health.monitor import Beat, Hang, Monitor
 
 if TYPE_CHECKING:
     from arvideo_dist.train.run.lease import Guard
-from arvideo_dist.train.health.monitor import Beat, Hang, Monitor
 
 TAG = "arvideo.last_hang"
-
-
 _ANSWER_S = 2.0  # for the actor, which does nothing that takes time
-
-
-_AUTOPSY_S = 60.0  # for a task on the node of a rank that is mute; where the node is gone it never runs
+_AUTOPSY_S = 60.0  # for a task on the node of a rank that is mute; if the node is gone it never runs
 
 
 def autopsy(pid: int, identity: str | None) -> str | None:
@@ -44,7 +40,7 @@ def autopsy(pid: int, identity: str | None) -> str | None:
     return found
 
 
-class HangWatch:
+class HangWatch(BlockThread):
     """The driver's side, a context within `ray.init`: starts the monitor; says, notes and ends what hangs."""
 
     def __init__(self, hung_s: float, guard: Guard, note: Callable[[str, str], None]) -> None:
@@ -55,25 +51,17 @@ class HangWatch:
         self._set = 0  # number of the set of workers that the driver has started last
         self._name = ""  # what its ranks call it
         self._reason: tuple[int, str] | None = None  # why a set was ended
-        self._ended = threading.Event()
         actor: Any = ray.remote(num_cpus=0, max_restarts=-1, scheduling_strategy=_on(_this_node()))(Monitor)
         self.monitor = actor.remote(hung_s, guard.generation)
-        self._thread = threading.Thread(target=self._keep, name="hang watch", daemon=True)
+        super().__init__("hang watch", join_s=5)
 
-    def __enter__(self) -> HangWatch:
-        self._thread.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         import ray
 
-        self._ended.set()
         if ray.is_initialized():  # else the call would start Ray
             with contextlib.suppress(Exception):  # Ray may be what was lost
                 ray.kill(self.monitor)  # which ends the thread's waiting
-        self._thread.join(5)
+        super().__exit__(*error)
 
     def new_workers(self) -> str:
         """The driver starts another set, of the name that is returned.
@@ -85,7 +73,7 @@ class HangWatch:
         return self._name
 
     def have_begun(self) -> bool:
-        """Whether the workers of the newest set run; True where nobody knows."""
+        """Whether the workers of the newest set run; True if nobody knows."""
         import ray
 
         try:
@@ -104,8 +92,8 @@ class HangWatch:
         while not self._ended.is_set():
             try:
                 hang = ray.get(self.monitor.next_hang.remote())
-            except ray.exceptions.RayError:  # it starts again
-                self._ended.wait(1)
+            except ray.exceptions.RayError:  # it starts again, unless the block's end has killed it
+                self._pause(1)
                 continue
             of_set = self._set
             ends = {} if hang.live else self._end_mute(hang)

@@ -20,20 +20,15 @@ from arvideo_dist.config.commands import RunConfig
 
 # What a set of workers leaves is free again within a second: fewer workers than could be are not started sooner.
 _SETTLED_S = 3.0
-
-
 _LOOK_S = 0.5
-
 
 # An autoscaler forgets what a driver that was killed asked for after the first time; until then it is told again.
 _EXPIRES_S, _AGAIN_S = 180.0, 20.0
-
-
 _CANCEL_S = 3.0
 
 
 def check_own_ray(config: RunConfig) -> None:
-    """Where Ray is started on this machine, which no node will ever join, it has the GPUs that the run wants.
+    """If Ray is started on this machine, which no node will ever join, it has the GPUs that the run wants.
 
     ValueError says what to change. CPUs are no question: as many slots are made as are asked for.
     """
@@ -112,7 +107,7 @@ class Room:
             )
         print(
             f"the cluster has room for {fits} workers of {each} each now, the run wants {self._fewest}: it waits "
-            "until nodes join; where no autoscaler adds them, lower cluster.workers or cluster.cpus_per_worker",
+            "until nodes join; if no autoscaler adds them, lower cluster.workers or cluster.cpus_per_worker",
             flush=True,
         )
 

@@ -78,7 +78,7 @@ class Signals:
     def watch_over(self, call: Callable[[], _T], lease: Lease, grace_s: float) -> _T:
         """What `call` returns or raises; it runs in a thread and hears of signals by `lease.stop_reason`.
 
-        RunInterruptedError as soon as a second signal comes, or where `call` goes on for `grace_s` after the first.
+        RunInterruptedError as soon as a second signal comes, or if `call` goes on for `grace_s` after the first.
         """
         self._grace_s = grace_s
         try:
@@ -114,7 +114,7 @@ class Signals:
         self._heard += 1
         if self._heard > (1 if self._ends or self._grace_s is None else 2):
             os._exit(os.EX_TEMPFAIL)  # even the ending takes too long
-        # Not print, which must not be entered again where the signal met it.
+        # Not print, which must not be entered again if the signal met it.
         if self._ends:
             os.write(1, b"the command is about to end; another signal ends it at once\n")
             return

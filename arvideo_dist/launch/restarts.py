@@ -38,7 +38,7 @@ class Restarts:
 
         Only one that is newer than all before is progress: a store that shows fewer is none.
 
-        Returns the line to print and the seconds to wait before workers start again. Raises CrashLoopError where
+        Returns the line to print and the seconds to wait before workers start again. Raises CrashLoopError if
         the budget is used up.
         """
         if checkpoint is not None and (self._checkpoint is None or checkpoint > self._checkpoint):
@@ -65,7 +65,7 @@ class Restarts:
 
 
 def uncounted(error: BaseException) -> str | None:
-    """The line to print where workers start again at once and no restart is counted: none had begun since room was
+    """The line to print when workers start again at once and no restart is counted: none had begun since room was
     gone again, or their nodes left as announced. `error`: what Ray Train's `fit` raised."""
     if isinstance(getattr(error, "controller_failure", None), WorkerGroupStartupTimeoutError):
         return "the room for the workers was gone before they started: the run waits for room again"

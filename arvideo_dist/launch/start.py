@@ -118,7 +118,7 @@ def check_resume(config: RunConfig) -> Checkpoint | None:
 
 
 def _precision_if_known(config: RunConfig) -> str | None:
-    """What the workers will compute in, where the cluster's kind does not decide it."""
+    """What the workers will compute in, if the cluster's kind does not decide it."""
     if config.cluster.device == "auto" and config.precision == "auto":
         return None
     return config.precision_on(config.cluster.device)

@@ -19,11 +19,7 @@ from arvideo_dist.train.checkpoint import seen
 from arvideo_dist.train.health.activity import activity
 from arvideo_dist.train.health.heartbeat import Heartbeat
 from arvideo_dist.train.health.monitor import Beat, Order, seconds_between_beats
-from arvideo_dist.train.run.stop import (
-    Interruption,
-    RunStoppedError,
-    Stopped,
-)
+from arvideo_dist.train.run.stop import Interruption, RunStoppedError, Stopped
 
 if TYPE_CHECKING:
     from ray.train.v2.api.preemption import PreemptionInfo
@@ -55,9 +51,8 @@ def _work(config: RunConfig, payload: dict[str, Any]) -> Interruption | None:
     from arvideo_dist.train.run.watch import Watch
     from arvideo_dist.train.scoring import score
 
-    warnings.filterwarnings(
-        "ignore", category=FutureWarning, module=r"torch\.distributed"
-    )  # DeepSpeed's calls
+    # They warn of DeepSpeed's calls.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     device = get_device() if torch.cuda.is_available() else torch.device("cpu")
     activity.together("connects to the other ranks")
     timeout = datetime.timedelta(seconds=collective_timeout_s(config))

@@ -106,7 +106,7 @@ def read_encoder(source: str) -> dict[str, torch.Tensor]:
     """VideoMAE encoder weights at `source`, under our names.
 
     `source`: a folder of `transformers`, or a .safetensors, .pth, .pt or .bin file, local or in object
-    storage. Raises ValueError where there is none.
+    storage. Raises ValueError if there is none.
     """
     try:
         return to_encoder(_read(source))

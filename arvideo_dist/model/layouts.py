@@ -52,7 +52,7 @@ def to_transformers(encoder: Weights) -> dict[str, torch.Tensor]:
 def to_encoder(weights: Weights) -> dict[str, torch.Tensor]:
     """The encoder's part of `weights`, in either layout, under our names.
 
-    A classifier's weights have no final norm. Raises ValueError where no VideoMAE encoder is found, or one
+    A classifier's weights have no final norm. Raises ValueError if no VideoMAE encoder is found, or one
     whose positions are learned.
     """
     for name in weights:

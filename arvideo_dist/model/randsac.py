@@ -3,7 +3,7 @@ in parallel within a segment and one segment after the other, by a decoder with 
 
 Published: tokens form segments, squares among other shapes; a fresh random order serialises them; masks make
 the prediction parallel within and sequential between segments; the decoder is a Transformer's, with learnable
-skip connections to the encoder's layers. Chosen here where the sources are silent or speak of images only:
+skip connections to the encoder's layers. Chosen here if the sources are silent or speak of images only:
 
 - A segment of a video is a cluster with K_H = K_W, on a fixed grid; `jobs/paper` has K_T = 1, squares of one time
   step, 7 x 7. Blobs and hierarchies of segments are left out.

@@ -27,9 +27,15 @@ class Accuracy:
     confusion: NDArray[np.int64]  # [K, K]: label, first guess
 
 
-def video_scores(scores_nvk: NDArray[np.float32]) -> NDArray[np.float64]:
-    """Mean over the views that were read [N, K]; a view that was not is NaN."""
-    return np.nanmean(scores_nvk.astype(np.float64), axis=1)
+def video_scores(scores_nvk: NDArray[np.float32], videos: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Mean of `videos` over their views that were read [len(videos), K]; a view that was not is NaN.
+
+    Video by video, so that no second copy of the scores is made.
+    """
+    means = np.empty((len(videos), scores_nvk.shape[2]))
+    for row, video in enumerate(videos):
+        means[row] = np.nanmean(scores_nvk[video].astype(np.float64), axis=0)
+    return means
 
 
 def accuracy(scores_nk: NDArray[np.float64], labels_n: NDArray[np.int64]) -> Accuracy:

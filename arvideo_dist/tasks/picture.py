@@ -16,9 +16,8 @@ from arvideo_dist.model.pretraining import restore_pixels
 from arvideo_dist.model.vit import from_cubes, to_cubes
 
 _UNSEEN = 0.5  # grey level of tokens that the encoder did not see
-_UNPREDICTED = (
-    0.15  # of tokens that were not asked for: of the first clusters in the order, or left out by sub-sampling
-)
+# Of tokens that were not asked for: of the first clusters in the order, or left out by sub-sampling.
+_UNPREDICTED = 0.15
 MAX_COLUMNS = 8
 _MIN_CELL = 96  # pixels; small pictures are enlarged to it
 _MARGIN = 78  # pixels for the rows' names

@@ -6,13 +6,11 @@ Letters: B views of a micro batch, N videos, V views of each, K classes.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from numpy.typing import NDArray
 
@@ -27,6 +25,7 @@ from arvideo_dist.tasks.classification import build_classifier, check_labels, na
 from arvideo_dist.tasks.picture import png
 
 SCORES = "scores.parquet"
+_ROWS_AT_ONCE = 1024
 
 
 @dataclass(frozen=True)
@@ -34,6 +33,7 @@ class Summary:
     """What an evaluation has found."""
 
     metrics: dict[str, float]
+    table: pa.Table  # every view's sample, view, label and scores; goes to SCORES
     files: dict[str, bytes]  # by name
 
 
@@ -71,31 +71,19 @@ class Scoring:
         places, labels = batch.places.numpy()[used], batch.inputs["label"].numpy()[used]
         return pa.table({"place": places, "label": labels, "scores": scores})
 
-    def no_rows(self) -> pa.Table:
-        """What `rows` gives of a batch in which nothing could be used."""
-        scores = pa.list_(pa.float32(), self.classes)
-        return pa.schema([("place", pa.int64()), ("label", pa.int64()), ("scores", scores)]).empty_table()
-
-    def summary(self, rows: pa.Table, index: DatasetIndex) -> Summary:
+    def summary(self, parts: Iterable[pa.Table], index: DatasetIndex) -> Summary:
         """Of the rows of all views. A video of which no view could be used has no part in it.
 
         Metrics: shares of videos whose label is the first, or among the first five, of the classes by the mean of
-        their views' scores, the mean over classes of the first, and numbers. Files: every view's scores with
-        sample and view, a table of the classes, the confusion matrix as picture.
+        their views' scores, the mean over classes of the first, and numbers. Files: a table of the classes, the
+        confusion matrix as picture. Memory: the scores once, as float32, and one of `parts`.
         """
-        rows = rows.sort_by("place")
-        places = rows["place"].to_numpy()
-        assert len(np.unique(places)) == len(places), "each view is scored once"
-        samples, views = np.divmod(places, len(self.views))
-        flat = rows["scores"].combine_chunks().values.to_numpy()
-        scores_nvk = np.full((len(index), len(self.views), self.classes), np.nan, dtype=np.float32)
-        scores_nvk[samples, views] = flat.reshape(-1, self.classes)
-        read = np.unique(samples)
-        metrics = {"videos": float(len(read)), "views": float(len(places))}
-        files = {SCORES: self._table(rows, samples, views, index)}
+        scores_nvk, read_nv = self._joined(parts, len(index))
+        read = np.flatnonzero(read_nv.any(axis=1))
+        metrics, files = {"videos": float(len(read)), "views": float(read_nv.sum())}, dict[str, bytes]()
         if len(read):
             labels = index.table["label"].to_numpy()[read]
-            found = accuracy(video_scores(scores_nvk[read]), labels)
+            found = accuracy(video_scores(scores_nvk, read), labels)
             metrics |= {"accuracy/top1": found.top1, "accuracy/mean_class": found.mean_class}
             if self.classes > 5:
                 metrics["accuracy/top5"] = found.top5
@@ -103,17 +91,40 @@ class Scoring:
                 found, names_of_classes(self.config.data, self.classes)
             ).encode()
             files["confusion.png"] = png(confusion_picture(found))
-        return Summary({name: value for name, value in metrics.items() if math.isfinite(value)}, files)
+        metrics = {name: value for name, value in metrics.items() if math.isfinite(value)}
+        return Summary(metrics, self._table(scores_nvk, read_nv, index), files)
+
+    def _joined(
+        self, parts: Iterable[pa.Table], videos: int
+    ) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+        """Scores [N, V, K], and which of them were read [N, V]; the others are NaN."""
+        views = len(self.views)
+        scores_pk = np.full((videos * views, self.classes), np.nan, dtype=np.float32)
+        read_p = np.zeros(videos * views, dtype=bool)
+        for part in parts:
+            for rows in part.to_batches():
+                places = rows["place"].to_numpy()
+                assert not read_p[places].any(), "each view is scored once"
+                scores_pk[places] = rows["scores"].flatten().to_numpy().reshape(-1, self.classes)
+                read_p[places] = True
+        return scores_pk.reshape(videos, views, self.classes), read_p.reshape(videos, views)
 
     def _table(
-        self, rows: pa.Table, samples: NDArray[Any], views: NDArray[Any], index: DatasetIndex
-    ) -> bytes:
-        columns = {
-            "key": index.table["key"].take(pa.array(samples)),
-            "view": pa.array(views.astype(np.int32)),
-            "label": rows["label"],
-            "scores": rows["scores"],
-        }
-        sink = pa.BufferOutputStream()
-        pq.write_table(pa.table(columns), sink)
-        return sink.getvalue().to_pybytes()
+        self, scores_nvk: NDArray[np.float32], read_nv: NDArray[np.bool_], index: DatasetIndex
+    ) -> pa.Table:
+        """On the memory of `scores_nvk`, whose rows that were not read give way to those that were."""
+        samples, views = np.nonzero(read_nv)
+        flat_pk, places = scores_nvk.reshape(-1, self.classes), np.flatnonzero(read_nv)
+        if len(places) < len(flat_pk):
+            for first in range(0, len(places), _ROWS_AT_ONCE):
+                chosen = places[first : first + _ROWS_AT_ONCE]
+                flat_pk[first : first + len(chosen)] = flat_pk[chosen]
+        scores = pa.array(flat_pk[: len(places)].reshape(-1))
+        return pa.table(
+            {
+                "key": index.table["key"].take(pa.array(samples)),
+                "view": pa.array(views.astype(np.int32)),
+                "label": pa.array(index.table["label"].to_numpy()[samples]),
+                "scores": pa.FixedSizeListArray.from_arrays(scores, self.classes),
+            }
+        )

@@ -78,9 +78,8 @@ class Measured:
 class Task(ABC, Generic[Config]):
     """A task of one configuration. Its methods keep nothing, so a task is the same on every rank."""
 
-    best_metric: ClassVar[str | None] = (
-        None  # the checkpoint of its largest value is kept beside the last ones
-    )
+    # The checkpoint of its largest value is kept beside the last ones.
+    best_metric: ClassVar[str | None] = None
 
     def __init__(self, config: Config) -> None:
         self.config = config

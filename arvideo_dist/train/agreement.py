@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -13,11 +14,13 @@ from arvideo_dist.data.loader import Batch
 from arvideo_dist.train.health.monitor import name_ranks
 from arvideo_dist.train.run.stop import RunStoppedError
 
+Result = TypeVar("Result")
+
 _NAMED_HOSTS = 8
 
 
 def agree_on_data(digests: Sequence[str], precision: str, control: dist.ProcessGroup) -> None:
-    """Collective. RunStoppedError on all ranks where they would not train on the same.
+    """Collective. RunStoppedError on all ranks if they would not train on the same.
 
     `digests`: of the data sets as this rank reads them (`changes.data_digests`): nodes may have copies of their
     own, one of them older or half written. `precision`: that this rank computes in.
@@ -40,6 +43,31 @@ def agree_on_data(digests: Sequence[str], precision: str, control: dist.ProcessG
         + "\nMake the copies of the data set on these hosts the same, or put it on storage that all share; then "
         "give the same command"
     )
+
+
+def agree_to_stop(
+    action: Callable[[], Result], control: dist.ProcessGroup, *refusals: type[Exception]
+) -> Result:
+    """Collective. This rank's result of `action`; RunStoppedError on all ranks if any raises one of `refusals`.
+
+    For what each rank reads by itself, such as weights in a folder that one node does not have: a restart would
+    meet the same, and a rank that stops alone would leave the others waiting.
+    """
+    refused: str | None = None
+    try:
+        result = action()
+    except refusals as error:
+        refused = str(error)
+    everyones: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyones, refused, group=control)
+    by_reason: dict[str, list[int]] = {}
+    for rank, reason in enumerate(everyones):
+        if reason is not None:
+            by_reason.setdefault(reason, []).append(rank)
+    if not by_reason:
+        return result
+    reason, ranks = next(iter(by_reason.items()))
+    raise RunStoppedError(reason if len(ranks) == len(everyones) else f"{name_ranks(ranks)}: {reason}")
 
 
 @dataclass(frozen=True)

@@ -15,13 +15,13 @@ from torch import nn
 from arvideo_dist.config.commands import TrainingConfig
 from arvideo_dist.config.sources import loader_options
 from arvideo_dist.data.loader import ClipLoader
-from arvideo_dist.storage import Storage, is_full, patiently, without_credentials
+from arvideo_dist.storage import Storage, patiently, without_credentials
 from arvideo_dist.tasks.derived import Derived
 from arvideo_dist.tasks.kinds import task_of
 from arvideo_dist.tasks.task import Task
-from arvideo_dist.train.agreement import agree_on_data
+from arvideo_dist.train.agreement import agree_on_data, agree_to_stop
 from arvideo_dist.train.assignment import Assignment
-from arvideo_dist.train.checkpoint.manifest import versions
+from arvideo_dist.train.checkpoint.manifest import CheckpointError, versions
 from arvideo_dist.train.checkpoint.reader import Checkpoint, open_newest_whole
 from arvideo_dist.train.checkpoint.saver import FAILED_TAG, Saver
 from arvideo_dist.train.checkpoint.seen import CHECKPOINT_TAG
@@ -34,7 +34,7 @@ from arvideo_dist.train.measuring import FeatureMeasures
 from arvideo_dist.train.parts import Parts, State
 from arvideo_dist.train.record import Recorder
 from arvideo_dist.train.run import changes
-from arvideo_dist.train.run.stop import RESULT, Interruption, RunStoppedError
+from arvideo_dist.train.run.stop import RESULT, Interruption, RunStoppedError, stops_if_full
 from arvideo_dist.train.run.watch import Watch
 from arvideo_dist.train.samples.audit import Audit
 from arvideo_dist.train.samples.bad_samples import BadSamples
@@ -56,7 +56,7 @@ def train(
     """Train from the latest complete checkpoint to the end of the run; leaves the final metrics in `RESULT`.
 
     Called on every rank with the default process group up; `control` is a gloo group for host values, `tracker` is
-    rank 0's. Where `watch` says so, the run saves and leaves at a step boundary; the interruption is returned.
+    rank 0's. If `watch` says so, the run saves and leaves at a step boundary; the interruption is returned.
     """
     training, notes = compose(assignment, device, control, watch, tracker)
     interruption, state = training.run(), training.state
@@ -115,7 +115,7 @@ def compose(
         task.check(loader.samples.indexes)
     except ValueError as error:  # on all ranks: they read the same index
         raise RunStoppedError(str(error)) from error
-    notes = DeferredWrites(run)
+    notes = DeferredWrites(run, [] if tracker is None else [tracker.flush])
     bad = BadSamples(notes, config.data.max_bad_fraction, loader.places_per_epoch, control, tracker)
     bad.restore(kept.get("bad_samples", []), kept.get("bad_validation_samples", []))
     bad_steps = BadSteps(run, notes, config.train, loader.samples.names, control, tracker)
@@ -126,7 +126,7 @@ def compose(
     if (probed := task.probed()) is not None:
         features = FeatureMeasures(probed, task, engine, control, bad, tracker, say)
         features.untrained = dict(kept.get("untrained_features", {}))
-    audit = Audit(assignment.lease, step, control) if config.run.audit else None
+    audit = Audit(assignment.lease, notes, step, control) if config.run.audit else None
     parts = Parts(
         train=config.train,
         validation=config.validation,
@@ -135,7 +135,7 @@ def compose(
         watch=watch,
         loader=loader,
         engine=engine,
-        saver=_saver(run, engine, config, start, say, notes, audit, tracker),
+        saver=_saver(run, engine, config, start, say, notes, tracker),
         bad_samples=bad,
         bad_steps=bad_steps,
         recorder=recorder,
@@ -172,7 +172,11 @@ def _start(
     activity.together("verifies and reads the checkpoint")
     start = open_newest_whole(assignment.lease.storage(), control, seen=assignment.seen)
     if start is None:
-        return None, task.start_from(module, read_weights)
+
+        def fill() -> str:
+            return task.start_from(module, read_weights)
+
+        return None, agree_to_stop(fill, control, ValueError, CheckpointError)
     try:
         for line in changes.refuse_changes(start.state, assignment.config, digests, precision, str(start)):
             say(f"changed by run.allow_change: {line}")
@@ -209,14 +213,8 @@ def _saver(
     start: Checkpoint | None,
     say: Callable[[str], None],
     notes: DeferredWrites,
-    audit: Audit | None,
     tracker: QueuedTracker | None,
 ) -> Saver:
-    def flush() -> None:
-        for kept in (notes, audit, tracker):
-            if kept is not None:
-                kept.flush()
-
     def report(step: int, failures: int, message: str) -> None:
         if tracker is not None:
             tracker.tag(FAILED_TAG, message if failures else f"none since the checkpoint of step {step}")
@@ -230,7 +228,7 @@ def _saver(
         engine,
         config.run,
         say,
-        flush=flush,
+        flush=notes.flush,
         report=report,
         published=published,
         last_saved=start.state["step"] if start is not None else 0,
@@ -240,16 +238,9 @@ def _saver(
 
 
 def _leave_result(run: Storage, notes: DeferredWrites, result: Mapping[str, float]) -> None:
-    try:
+    with stops_if_full(run):
         patiently(notes.flush)
         patiently(lambda: run.write_bytes(RESULT, json.dumps(result, indent=1).encode()))
-    except OSError as error:
-        if not is_full(error):
-            raise
-        raise RunStoppedError(
-            f"the run is trained and saved, but {run.uri} takes no result: {error}. Make room there; the same "
-            "command ends the run"
-        ) from error
 
 
 def _say(rank: int, line: str) -> None:

@@ -31,9 +31,8 @@ class State:
     position: int = 0  # places consumed
     step: int = 0  # optimiser steps done
     metrics: dict[str, float] = field(default_factory=dict)  # the newest of each name
-    best: dict[str, float] | None = (
-        None  # "step" and "value" of the largest value of the task's `best_metric`
-    )
+    # "step" and "value" of the largest value of the task's `best_metric`.
+    best: dict[str, float] | None = None
     # `position` and `step` as of the start of these workers, and of the newest save that was asked for.
     began_at: int = 0
     saved_at: int = 0
@@ -57,9 +56,8 @@ class Parts:
     recorder: Recorder
     audit: Audit | None
     tracker: QueuedTracker | None  # on rank 0
-    measure: Callable[
-        [int], dict[str, float]
-    ]  # the held-out split's metrics after a step, logged; collective
+    # The held-out split's metrics after a step, logged; collective.
+    measure: Callable[[int], dict[str, float]]
     features: FeatureMeasures | None  # of a pretraining whose features are measured
     constants: dict[str, Any]  # of a checkpoint's state: what does not change while these workers run
     best_metric: str | None  # of the held-out split: the checkpoint of its largest value is kept

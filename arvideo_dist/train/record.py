@@ -34,7 +34,7 @@ _STRAGGLER_POINTS = 5  # in a row: one slow read or a busy neighbour passes
 class Point:
     """One logged point, over all ranks."""
 
-    loss: float  # NaN where no sample of the step could be used
+    loss: float  # NaN if no sample of the step could be used
     clips_per_second: float
     data_wait_share: float  # mean over ranks of the share of time spent waiting for batches
     slowest_rank: int  # by own time

@@ -1,20 +1,15 @@
 """The evaluation loop of one worker: a run of no update over the places of a split, which are (video, view) pairs.
 
-    <run>/scores/part-00000042-00001-9f3a.parquet       a rank's rows since the save before (`Scoring.rows`)
-    <run>/checkpoints/step-00000042/state.json          position, and the parts that hold all places before it
-
-A save is what a checkpoint is to a training: any number of workers goes on from the newest one. Each place is
-scored once, in batches that are cut alike whatever the number of workers, so the scores are the same to the bit.
+A save (score_saves.py) is what a checkpoint is to a training: any number of workers goes on from the newest one.
+Each place is scored once, in batches that are cut alike whatever the number of workers, so the scores are the same
+to the bit.
 """
 
 from __future__ import annotations
 
 import functools
-import hashlib
 import json
-import secrets
 import time
-from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
@@ -26,30 +21,27 @@ import torch.distributed as dist
 
 from arvideo_dist.config.commands import EvaluateConfig
 from arvideo_dist.config.sources import loader_options
-from arvideo_dist.data.index import FileEntry
 from arvideo_dist.data.loader import Batch, ClipLoader
 from arvideo_dist.storage import patiently, without_credentials
 from arvideo_dist.tasks.derived import Evaluated
 from arvideo_dist.tasks.draws import label_of
-from arvideo_dist.tasks.scoring import Scoring
-from arvideo_dist.train.agreement import agree, agree_on_data
+from arvideo_dist.tasks.scoring import SCORES, Scoring, Summary
+from arvideo_dist.train.agreement import agree, agree_on_data, agree_to_stop
 from arvideo_dist.train.assignment import Assignment
-from arvideo_dist.train.checkpoint.layout import FOLDER, MANIFEST, STATE, checkpoint_name
-from arvideo_dist.train.checkpoint.manifest import CheckpointManifest, versions
+from arvideo_dist.train.checkpoint.manifest import CheckpointError, versions
 from arvideo_dist.train.checkpoint.reader import Checkpoint, open_newest_whole
-from arvideo_dist.train.checkpoint.retention import Retention
+from arvideo_dist.train.checkpoint.saver import FAILED_TAG
 from arvideo_dist.train.health.activity import activity
 from arvideo_dist.train.run import changes
-from arvideo_dist.train.run.stop import RESULT, Interruption, RunStoppedError
+from arvideo_dist.train.run.stop import RESULT, Interruption, RunStoppedError, stops_if_full
 from arvideo_dist.train.run.watch import Watch
 from arvideo_dist.train.samples.bad_samples import BadSamples
+from arvideo_dist.train.score_saves import ScoreSaves
 from arvideo_dist.train.tracking.deferred import DeferredWrites
 from arvideo_dist.train.trained import load_classifier
 
 if TYPE_CHECKING:
     from arvideo_dist.train.tracking.outbox import QueuedTracker  # imports MLflow, which only rank 0 needs
-
-PARTS = "scores"
 
 
 def score(
@@ -93,8 +85,8 @@ class Evaluation:
         agree_on_data(digests, self._precision, control)
         activity.alone("builds the model")
         self._module = self._task.build()
+        agree_to_stop(self._load_classifier, control, ValueError, CheckpointError)
         try:
-            load_classifier(self._module, self._config.model.init_from or "")
             start = self._start(digests)
             self._loader = self._make_loader()
             self._task.check(self._loader.samples.indexes)
@@ -105,9 +97,15 @@ class Evaluation:
         fraction, epoch = self._config.data.max_bad_fraction, self._loader.places_per_epoch
         self._bad = BadSamples(self._notes, fraction, epoch, control, tracker)
         self._bad.restore(start.state["bad_samples"] if start is not None else [], [])
-        self._retention = Retention(self._folder, self._config.run.keep_last, None)
-        self._rows: list[pa.Table] = []  # of this rank, in no part yet
-        self._saved_at, self._saved_position = time.monotonic(), self._position
+        self._saves = ScoreSaves(
+            self._folder,
+            self._config.run,
+            control,
+            self._say,
+            flush=functools.partial(patiently, self._notes.flush),
+            report=self._report_save,
+            start=None if start is None else start.state,
+        )
         self._constants = {
             "command": self._config.command,
             "config": without_credentials(self._config.model_dump(mode="json")),
@@ -118,16 +116,19 @@ class Evaluation:
             "versions": versions(),
         }
 
+    def _load_classifier(self) -> None:
+        load_classifier(self._module, self._config.model.init_from or "")
+
     def _start(self, digests: list[str]) -> Checkpoint | None:
         activity.together("looks for the newest save")
         start = open_newest_whole(self._folder, self._control, seen=self._assignment.seen)
-        self._position, self._parts = 0, list[dict[str, Any]]()
+        self._position = 0
         if start is not None:
             for line in changes.refuse_changes(
                 start.state, self._config, digests, self._precision, str(start)
             ):
                 self._say(f"changed by run.allow_change: {line}")
-            self._position, self._parts = start.state["position"], start.state["parts"]
+            self._position = start.state["position"]
             self._say(f"continues from {start}, view {self._position}")
         return start
 
@@ -162,7 +163,8 @@ class Evaluation:
             activity.alone("waits for batches", self._loader.busy_with)
             step = next(batches)
             activity.together("agrees on the step with the other ranks")
-            facts = agree(step, self._control, save_due=self._due_by_time(), look=watch.due())
+            look = watch.due(saves_fail=self._saves.failing)
+            facts = agree(step, self._control, save_due=self._saves.due_by_time(), look=look)
             if facts.look and (interruption := watch.look(self._step())) is not None:
                 break
             self._bad.account(step, facts.bad_samples, self._position)
@@ -183,10 +185,10 @@ class Evaluation:
             if facts.save_due or activity.step % self._config.run.checkpoint_every_steps == 0:
                 self._take(waiting)
                 waiting = None
-                self._save()
+                self._saves.save(self._position, self._step(), self._state())
         self._take(waiting)
-        if self._position > self._saved_position:
-            self._save()
+        if self._position > self._saves.position:
+            self._saves.finish(self._position, self._step(), self._state())
         return interruption
 
     def _scores(self, host: Batch) -> torch.Tensor:
@@ -199,72 +201,33 @@ class Evaluation:
     def _take(self, waiting: tuple[Batch, torch.Tensor] | None) -> None:
         if waiting is not None:
             batch, scores = waiting
-            self._rows.append(self._task.rows(batch, scores.float().cpu().numpy()))
-
-    def _due_by_time(self) -> bool:
-        minutes = self._config.run.checkpoint_every_minutes
-        if minutes is None or dist.get_rank():
-            return False
-        return time.monotonic() - self._saved_at >= 60 * minutes
+            self._saves.add(self._task.rows(batch, scores.float().cpu().numpy()))
 
     def _step(self) -> int:
         """Batches of one worker up to the position: unlike steps, the same for any number of workers."""
         return -(-self._position // self._assignment.derived.micro_batch)
 
-    def _save(self) -> None:
-        """Collective. What was scored so far is on storage when this returns."""
-        activity.together("saves scores")
+    def _state(self) -> dict[str, Any]:
+        """Collective. What a save tells beside its position and its parts."""
         self._bad.collect()
-        own = self._write_rows()
-        everyones: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(everyones, own, group=self._control)
-        self._parts = [*self._parts, *(part for part in everyones if part is not None)]
-        self._saved_at, self._saved_position = time.monotonic(), self._position
-        if dist.get_rank():
-            return
-        name = checkpoint_name(self._step())
-        content = json.dumps(
-            {
-                **self._constants,
-                "position": self._position,
-                "step": self._step(),
-                "parts": self._parts,
-                "bad_samples": self._bad.listed(),
-            },
-            indent=1,
-        ).encode()
-        entry = FileEntry(name=STATE, size=len(content), sha256=hashlib.sha256(content).hexdigest())
-        manifest = CheckpointManifest(shapes={}, fragments=[], parts=[], state=entry)
-        write = self._folder.write_bytes
-        patiently(self._notes.flush)
-        patiently(functools.partial(write, f"{FOLDER}/{name}/{STATE}", content))
-        patiently(
-            functools.partial(
-                write, f"{FOLDER}/{name}/{MANIFEST}", manifest.model_dump_json(indent=1).encode()
-            )
-        )
-        self._say(f"view {self._position}  save {name} is complete")
-        self._retention.saved(name, self._step())
+        return {**self._constants, "bad_samples": self._bad.listed()}
 
-    def _write_rows(self) -> dict[str, Any] | None:
-        if not self._rows:
-            return None
-        sink = pa.BufferOutputStream()
-        pq.write_table(pa.concat_tables(self._rows), sink)
-        content = sink.getvalue().to_pybytes()
-        name = f"{PARTS}/part-{self._step():08d}-{dist.get_rank():05d}-{secrets.token_hex(4)}.parquet"
-        patiently(functools.partial(self._folder.write_bytes, name, content))
-        self._rows = []
-        return {"name": name, "size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    def _report_save(self, message: str) -> None:
+        if self._tracker is not None:
+            self._tracker.tag(FAILED_TAG, message)
 
     def leave_result(self) -> None:
         """Rank 0: join all rows, write what follows from them, and the result last."""
         activity.alone("joins the scores")
-        rows = pa.concat_tables([self._task.no_rows(), *self._read_parts()])
-        summary = self._task.summary(rows, self._loader.samples.indexes[0])
+        summary = self._task.summary(self._saves.read_parts(), self._loader.samples.indexes[0])
+        with stops_if_full(self._folder):
+            self._write_result(summary)
+
+    def _write_result(self, summary: Summary) -> None:
+        patiently(functools.partial(self._write_table, summary.table))
         for name, content in summary.files.items():
             patiently(functools.partial(self._folder.write_bytes, name, content))
-            if self._tracker is not None and not name.endswith(".parquet"):
+            if self._tracker is not None:
                 self._tracker.log_bytes(name, content)
         metrics = {**summary.metrics, "bad_samples": float(self._bad.places)}
         if self._tracker is not None:
@@ -272,16 +235,9 @@ class Evaluation:
         content = json.dumps({"step": self._step(), **metrics}, indent=1).encode()
         patiently(functools.partial(self._folder.write_bytes, RESULT, content))
 
-    def _read_parts(self) -> Iterator[pa.Table]:
-        for part in self._parts:
-            content = patiently(functools.partial(self._folder.read_bytes, part["name"]))
-            if hashlib.sha256(content).hexdigest() != part["sha256"]:
-                raise RunStoppedError(
-                    f"{self._folder.uri}/{part['name']} is damaged (its sha256 differs from the save's): choose "
-                    "another run.name to evaluate anew"
-                )
-            yield pq.read_table(pa.BufferReader(content))
-            activity.tick()
+    def _write_table(self, table: pa.Table) -> None:
+        with self._folder.writing(SCORES) as file:
+            pq.write_table(table, file)
 
     def _say(self, line: str) -> None:
         if dist.get_rank() == 0:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -21,6 +21,8 @@ from arvideo_dist.storage import Storage, shown
 from arvideo_dist.tasks.kinds import task_of
 from arvideo_dist.train.checkpoint.layout import FOLDER, complete_checkpoints
 from arvideo_dist.train.checkpoint.reader import Checkpoint
+
+Config = TypeVar("Config", PretrainConfig, FinetuneConfig)
 
 
 @dataclass(frozen=True)
@@ -40,17 +42,17 @@ class Trained:
     @property
     def pretraining(self) -> PretrainConfig:
         """The same of a pretraining run; ValueError if it is none."""
-        config = self.config
-        if not isinstance(config, PretrainConfig):
-            raise ValueError(f"{self.checkpoint} is of a run of {config.command}; give one of pretrain")
-        return config
+        return self._config_of(PretrainConfig)
 
     @property
     def finetuning(self) -> FinetuneConfig:
         """The same of a fine-tuning run; ValueError if it is none."""
+        return self._config_of(FinetuneConfig)
+
+    def _config_of(self, kind: type[Config]) -> Config:
         config = self.config
-        if not isinstance(config, FinetuneConfig):
-            raise ValueError(f"{self.checkpoint} is of a run of {config.command}; give one of finetune")
+        if not isinstance(config, kind):
+            raise ValueError(f"{self.checkpoint} is of a run of {config.command}; give one of {kind.command}")
         return config
 
     @property
@@ -113,7 +115,10 @@ def read_classifier(source: str) -> dict[str, torch.Tensor]:
     ValueError if it is none, CheckpointError if a checkpoint is damaged.
     """
     if is_file_or_folder_of_weights(source):
-        return read_classifier_weights(source)
+        try:
+            return read_classifier_weights(source)
+        except ValueError as error:
+            raise ValueError(f"{shown(source)}: {shown(error)}") from error
     trained = open_trained(source)
     trained.finetuning  # noqa: B018  # raises if it is of another task
     return trained.load_module().state_dict()

@@ -27,7 +27,7 @@ from arvideo_dist.config.commands import PretrainConfig
 from arvideo_dist.data.index import manifest_name
 from arvideo_dist.storage import Storage
 from tests.data.conftest import FRAMES, write_dataset
-from tests.services.mlflow_server import new_database
+from tests.services.mlflow_server import await_port, new_database
 from tests.services.s3 import S3
 
 
@@ -221,19 +221,10 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
         text=True,
         start_new_session=True,
     )
-    assert process.stdout is not None
     try:
-        # Which of the two comes last depends on how uvicorn is started; the port is open after both.
-        seen, awaited = [], {"Application startup complete", "Uvicorn running on"}
-        for line in process.stdout:
-            seen.append(line)
-            awaited = {words for words in awaited if words not in line}
-            if not awaited:
-                break
-        assert process.poll() is None, "".join(seen)
-        first = http.client.HTTPConnection(
-            "127.0.0.1", port, timeout=120
-        )  # it may take seconds to be ready for
+        await_port(process)
+        # It may take seconds to be ready for it.
+        first = http.client.HTTPConnection("127.0.0.1", port, timeout=120)
         first.request("GET", "/api/2.0/mlflow/experiments/get?experiment_id=0")
         assert first.getresponse().status == 200
         first.close()

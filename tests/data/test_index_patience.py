@@ -47,9 +47,8 @@ def test_a_store_that_fails_while_a_worker_reads_the_index_loses_no_worker(
             return original(self, *names)
 
         monkeypatch.setattr(Storage, at, cut_first)
-        monkeypatch.setattr(
-            storage_module.time, "sleep", lambda seconds: outage.close()
-        )  # the pause after a try
+        # The pause after a try.
+        monkeypatch.setattr(storage_module.time, "sleep", lambda seconds: outage.close())
         index = open_index(remote, "train", tmp_path)
     assert relay.refused
     assert len(index) == load_manifest(Storage(s3.uri(in_s3)), "train").samples

@@ -78,9 +78,8 @@ def test_segments_in_training_are_videomaes_for_the_drawn_offsets(frames: int, c
 
 def test_every_offset_in_a_segment_is_drawn_equally_often() -> None:
     rng = np.random.default_rng(0)
-    drawn = np.array(
-        [sample_segments(35, 4, rng) for _ in range(4000)]
-    )  # segments of 8; frames 32 to 34 unused
+    # Segments of 8; frames 32 to 34 unused.
+    drawn = np.array([sample_segments(35, 4, rng) for _ in range(4000)])
     for segment in range(4):
         counts = np.bincount(drawn[:, segment] - 8 * segment, minlength=8)
         assert len(counts) == 8

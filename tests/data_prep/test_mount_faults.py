@@ -119,9 +119,7 @@ def test_damage_behind_which_no_byte_can_be_read_names_the_file(
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
     monkeypatch.setattr(os, "read", read)
-    with pytest.raises(
-        OSError, match=r"2\.mp4: Input/output error; where it is this file alone, put an empty"
-    ):
+    with pytest.raises(OSError, match=r"2\.mp4: Input/output error; if it is this file alone, put an empty"):
         process(video, BlindOnce(prober), tmp_path)
 
 

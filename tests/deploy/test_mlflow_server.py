@@ -5,7 +5,6 @@ from __future__ import annotations
 import http.client
 import os
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -18,13 +17,7 @@ from mlflow.tracking import MlflowClient
 from arvideo_dist.config.commands import PretrainConfig
 from arvideo_dist.storage import Storage
 from arvideo_dist.train.tracking.runs import Tracker, close_run, open_run, tracking_uri
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+from tests.services.mlflow_server import await_port, free_port
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +25,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
     """The port of a server that runs the Deployment's command on a folder of this test."""
     container = named(load_manifests(), "Deployment")["spec"]["template"]["spec"]["containers"][0]
     assert container["command"] == ["mlflow", "server"]
-    volume, port = tmp_path_factory.mktemp("mlflow"), _free_port()
+    volume, port = tmp_path_factory.mktemp("mlflow"), free_port()
     changed = {"--host=0.0.0.0": "--host=127.0.0.1", "--port=5000": f"--port={port}"}
     assert changed.keys() <= set(container["args"])
     arguments = [changed.get(a, a.replace("/mlflow/", f"{volume}/")) for a in container["args"]]
@@ -45,18 +38,8 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
         text=True,
         start_new_session=True,
     )
-    assert process.stdout is not None
     try:
-        # One worker says that it is ready before its port is open, several say so afterwards.
-        seen, awaited = [], {"Application startup complete", "Uvicorn running on"}
-        for (
-            line
-        ) in process.stdout:  # ends, and the assertion below tells why, where the server does not start
-            seen.append(line)
-            awaited = {words for words in awaited if words not in line}
-            if not awaited:
-                break
-        assert process.poll() is None, "".join(seen)
+        await_port(process)
         yield port
     finally:
         os.killpg(process.pid, signal.SIGKILL)  # the server is a tree of processes, its folder is thrown away

@@ -25,33 +25,19 @@ from arvideo_dist.train.health.activity import activity
 from arvideo_dist.train.health.monitor import FOLDER, Beat, Hang
 from arvideo_dist.train.run.lease import Guard, acquire
 from tests import warm
-from tests.services.mlflow_server import new_database
-from tests.train.runs import TINY, PretrainProcess, history, make_data, write_config
+from tests.train.runs import PretrainProcess, history, run_arguments, runs_folder
 
 HUNG_S = 20  # above an idle machine's imports, which are the longest phase here
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("hangs")
-    make_data(folder / "data")
-    new_database(folder / "runs/mlflow.db")
-    return folder
+    return runs_folder(tmp_path_factory.mktemp("hangs"))
 
 
 def _arguments(folder: Path, name: str) -> list[str]:
-    config = write_config(
-        folder / f"{name}.yaml",
-        run={
-            "name": name,
-            "storage_path": str(folder / "runs"),
-            "checkpoint_every_steps": 10,
-            "hung_s": HUNG_S,
-        },
-        data={**TINY["data"], "path": str(folder / "data"), "val_split": None},
-        train={**TINY["train"], "steps": 40},
-    )
-    return ["--config", str(config)]
+    run = {"checkpoint_every_steps": 10, "hung_s": HUNG_S}
+    return run_arguments(folder, name, run=run, data={"val_split": None}, train={"steps": 40})
 
 
 @pytest.fixture(scope="module")
@@ -164,7 +150,10 @@ def test_what_is_found_out_of_older_workers_is_no_reason_for_the_end_of_new_ones
 
 
 @pytest.mark.slow
-def test_a_stopped_rank_is_named_and_the_run_restarts_by_itself_to_the_same_losses(folder: Path) -> None:
+def test_a_stopped_rank_is_named_and_the_run_restarts_by_itself_to_the_same_losses(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(warm.COLD, "1")  # a decode worker that is warm is no child of its rank
     whole = PretrainProcess(_arguments(folder, "whole"))
     assert whole.finish() == 0, whole.output
 

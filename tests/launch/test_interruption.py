@@ -14,32 +14,18 @@ from ray._common.utils import get_default_ray_temp_dir
 
 from arvideo_dist.storage import Storage
 from arvideo_dist.train.checkpoint.layout import complete_checkpoints
-from tests.services.mlflow_server import new_database
-from tests.train.runs import TINY, PretrainProcess, history, make_data, write_config
+from tests.train.runs import PretrainProcess, history, run_arguments, runs_folder
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("interruption")
-    make_data(folder / "data")
-    new_database(folder / "runs/mlflow.db")
-    return folder
+    return runs_folder(tmp_path_factory.mktemp("interruption"))
 
 
 def _arguments(folder: Path, name: str, steps: int) -> list[str]:
-    config = write_config(
-        folder / f"{name}.yaml",
-        # Checkpoints only where something asks for one.
-        run={
-            "name": name,
-            "storage_path": str(folder / "runs"),
-            "checkpoint_every_steps": steps,
-            "lease_s": 6,
-        },
-        data={**TINY["data"], "path": str(folder / "data"), "val_split": None},
-        train={**TINY["train"], "steps": steps},
-    )
-    return ["--config", str(config)]
+    # Checkpoints only if something asks for one.
+    run = {"checkpoint_every_steps": steps, "lease_s": 6}
+    return run_arguments(folder, name, run=run, data={"val_split": None}, train={"steps": steps})
 
 
 def _state(run: Path) -> dict[str, tuple[int, int]]:

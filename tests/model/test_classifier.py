@@ -33,19 +33,21 @@ def clips(number: int = 3) -> torch.Tensor:
     return torch.randint(0, 256, (number, 3, 4, 32, 32), dtype=torch.uint8, generator=generator)
 
 
-def theirs_and_ours(**options: float) -> tuple[VideoMAEForVideoClassification, Classifier]:
+def theirs_and_ours(
+    classes: int = CLASSES, **options: float
+) -> tuple[VideoMAEForVideoClassification, Classifier]:
     """The same disturbed weights in both."""
     torch.manual_seed(0)
     config = VideoMAEConfig(
         image_size=32, patch_size=16, num_frames=4, tubelet_size=2, hidden_size=192, num_hidden_layers=6,
         num_attention_heads=3, intermediate_size=768, layer_norm_eps=1e-6, use_mean_pooling=True,
     )  # fmt: skip
-    config.num_labels = CLASSES
+    config.num_labels = classes
     theirs = VideoMAEForVideoClassification(config).eval()
     with torch.no_grad():
         for parameter in theirs.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))
-    ours = Classifier(SIZE, TUBELET, TOKENS, CLASSES, **options)
+    ours = Classifier(SIZE, TUBELET, TOKENS, classes, **options)
     weights = theirs.state_dict()
     assert not load_encoder(ours.encoder, weights)
     ours.fc_norm.load_state_dict({kind: weights[f"fc_norm.{kind}"] for kind in ("weight", "bias")})
@@ -56,6 +58,16 @@ def theirs_and_ours(**options: float) -> tuple[VideoMAEForVideoClassification, C
 def for_transformers(clips_bcthw: torch.Tensor) -> torch.Tensor:
     mean, std = (torch.tensor(v)[:, None, None, None] for v in (IMAGENET_MEAN, IMAGENET_STD))
     return ((clips_bcthw / 255 - mean) / std).transpose(1, 2)
+
+
+def gradients_of(theirs: VideoMAEForVideoClassification) -> dict[str, torch.Tensor]:
+    """By the names of the classifier's parameters."""
+    gradients = {name: parameter.grad for name, parameter in theirs.named_parameters()}
+    renamed = {f"encoder.{name}": value for name, value in to_encoder(gradients).items()}
+    for kind in ("weight", "bias"):
+        renamed[f"fc_norm.{kind}"] = gradients[f"fc_norm.{kind}"]
+        renamed[f"head.{kind}"] = gradients[f"classifier.{kind}"]
+    return renamed
 
 
 def test_logits_loss_and_gradients_equal_transformers() -> None:
@@ -69,14 +81,10 @@ def test_logits_loss_and_gradients_equal_transformers() -> None:
     assert loss_b.mean().item() == pytest.approx(expected.loss.item(), rel=1e-5)
     expected.loss.backward()
     loss_b.mean().backward()
-    gradients = {name: parameter.grad for name, parameter in theirs.named_parameters()}
-    renamed = {f"encoder.{name}": value for name, value in to_encoder(gradients).items()}
-    for kind in ("weight", "bias"):
-        renamed[f"fc_norm.{kind}"] = gradients[f"fc_norm.{kind}"]
-        renamed[f"head.{kind}"] = gradients[f"classifier.{kind}"]
+    expected_gradients = gradients_of(theirs)
     ours_by_name = dict(ours.named_parameters())
-    assert renamed.keys() == ours_by_name.keys()
-    for name, gradient in renamed.items():
+    assert expected_gradients.keys() == ours_by_name.keys()
+    for name, gradient in expected_gradients.items():
         assert (ours_by_name[name].grad - gradient).norm() < 1e-5 * gradient.norm(), name
 
 

@@ -38,6 +38,19 @@ def free_port() -> int:
         return port
 
 
+def await_port(process: subprocess.Popen[str]) -> None:
+    """Read what an MLflow server prints until its port is open; AssertionError with it if the server ends."""
+    assert process.stdout is not None
+    # Which of the two comes last depends on how uvicorn is started; the port is open after both.
+    seen, awaited = [], {"Application startup complete", "Uvicorn running on"}
+    for line in process.stdout:
+        seen.append(line)
+        awaited = {words for words in awaited if words not in line}
+        if not awaited:
+            break
+    assert process.poll() is None, "".join(seen)
+
+
 class MlflowServer:
     """`mlflow server` with database and artifacts in `folder`, always on the same port."""
 
@@ -62,13 +75,7 @@ class MlflowServer:
             start_new_session=True,
         )
         assert self._process.stdout is not None
-        seen, awaited = [], {"Application startup complete", "Uvicorn running on"}
-        for line in self._process.stdout:
-            seen.append(line)
-            awaited = {words for words in awaited if words not in line}
-            if not awaited:
-                break
-        assert self._process.poll() is None, "".join(seen)
+        await_port(self._process)
         threading.Thread(target=self._process.stdout.read, daemon=True).start()  # so that it never blocks
         search = f"{self.uri}/api/2.0/mlflow/experiments/get?experiment_id=0"
         urllib.request.urlopen(search, timeout=60).close()  # the first answer takes longest

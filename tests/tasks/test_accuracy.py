@@ -20,7 +20,7 @@ def drawn(videos: int, views: int, seed: int = 0) -> tuple[np.ndarray, np.ndarra
 @pytest.mark.parametrize("views", [1, 6])
 def test_shares_equal_scikit_learns(views: int) -> None:
     scores, labels = drawn(211, views)
-    mean = video_scores(scores)
+    mean = video_scores(scores, np.arange(len(scores)))
     found = accuracy(mean, labels)
     every = np.arange(CLASSES)
     assert found.top1 == pytest.approx(top_k_accuracy_score(labels, mean, k=1, labels=every), abs=1e-12)
@@ -32,7 +32,7 @@ def test_shares_equal_scikit_learns(views: int) -> None:
 def test_views_that_were_not_read_have_no_part_in_a_videos_scores() -> None:
     scores, _ = drawn(3, 4)
     scores[1, [0, 2]] = np.nan
-    mean = video_scores(scores)
+    mean = video_scores(scores, np.arange(len(scores)))
     for video, views in ((0, [0, 1, 2, 3]), (1, [1, 3]), (2, [0, 1, 2, 3])):
         expected = sum(scores[video, view].astype(np.float64) for view in views) / len(views)
         np.testing.assert_allclose(mean[video], expected, rtol=1e-12)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 from unittest import mock
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch import nn
 
 from arvideo_dist.config.model import DecoderConfig, ModelConfig
 from arvideo_dist.config.optim import TrainConfig
@@ -24,6 +25,8 @@ from arvideo_dist.train.checkpoint.saver import Saver
 from arvideo_dist.train.engine.engine import Engine
 from arvideo_dist.train.engine.schedule import learning_rate
 from tests.train.engines import engine_of
+
+Module = TypeVar("Module", bound=nn.Module)
 
 MODEL = ModelConfig(
     encoder="demo", frames=4, image_size=16, tubelet=(2, 8, 8), cluster=(1, 1, 2), mask_ratio=0.5
@@ -52,16 +55,21 @@ def new_engine(model: ARVideo, stage: int, precision: str = "fp32") -> Engine:
 
 def resumed_engine(run: Storage, stage: int, precision: str = "fp32") -> tuple[Engine, int]:
     """An engine from the newest complete checkpoint of `run`, and the step that it stands at."""
+    engine, position = resumed(run, new_model(), lambda model: new_engine(model, stage, precision))
+    return engine, position // GLOBAL_BATCH
+
+
+def resumed(run: Storage, model: Module, engine_of: Callable[[Module], Engine]) -> tuple[Engine, int]:
+    """The engine of `model` from the newest complete checkpoint of `run`, and its position."""
     checkpoint = Checkpoint(run, complete_checkpoints(run)[-1])
     checkpoint.verify()
-    model = new_model()
     with torch.no_grad():
         for parameter in model.parameters():  # nothing of the start weights may survive
             parameter.fill_(float("nan"))
     checkpoint.load_weights(model, dist.group.WORLD)
-    engine = new_engine(model, stage, precision)
+    engine = engine_of(model)
     checkpoint.load_optimizer(engine)
-    return engine, checkpoint.state["position"] // GLOBAL_BATCH
+    return engine, checkpoint.state["position"]
 
 
 def state_at(step: int) -> dict[str, Any]:
@@ -93,6 +101,14 @@ def weight_of(step: int) -> float:
     return float(GLOBAL_BATCH - (step * GLOBAL_BATCH <= BAD_PLACE < (step + 1) * GLOBAL_BATCH))
 
 
+def batches_of_rank(step: int) -> tuple[list[Batch], float]:
+    """This rank's micro batches of a step, and the weight of all ranks' together."""
+    places = places_of_rank(
+        step * GLOBAL_BATCH, GLOBAL_BATCH, MICRO_BATCH, dist.get_rank(), dist.get_world_size()
+    )
+    return [micro_batch(list(each)) for each in places], weight_of(step)
+
+
 def rate(step: int, total_steps: int) -> float:
     return learning_rate(step, total_steps=total_steps, warmup_steps=4, peak=1e-3, final=1e-5)
 
@@ -105,20 +121,20 @@ def train_steps(
     saver: Saver | None = None,
     save_after: Callable[[int], bool] = lambda step: False,
     done: Callable[[int], None] = lambda step: None,
+    batches_of: Callable[[int], tuple[list[Batch], float]] = batches_of_rank,
+    state_of: Callable[[int], dict[str, Any]] = state_at,
 ) -> list[float]:
     """Losses of steps [first, last); the saver is asked after the steps that `save_after` names."""
     losses = []
     for step in range(first, last):
-        places = places_of_rank(
-            step * GLOBAL_BATCH, GLOBAL_BATCH, MICRO_BATCH, dist.get_rank(), dist.get_world_size()
-        )
-        loss = engine.accumulate([micro_batch(list(p)) for p in places], weight_of(step))
+        batches, weight = batches_of(step)
+        loss = engine.accumulate(batches, weight)
         if saver is not None:
             saver.before_update()
         engine.apply(rate(step, total_steps))
         dist.all_reduce(loss)
-        losses.append(float(loss) / weight_of(step))
+        losses.append(float(loss) / weight)
         if saver is not None and save_after(step + 1):
-            saver.request(step + 1, state_at(step + 1))
+            saver.request(step + 1, state_of(step + 1))
         done(step + 1)
     return losses

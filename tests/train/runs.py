@@ -16,11 +16,14 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import pyarrow.parquet as pq
 import yaml
 from filelock import FileLock
 from mlflow.tracking import MlflowClient
 
+from arvideo_dist.data.index import index_name
 from tests import warm
+from tests.services.mlflow_server import new_database
 
 TINY: dict[str, Any] = {
     "data": {"stride": 2, "workers": 1},
@@ -39,7 +42,6 @@ TINY: dict[str, Any] = {
     "validation": {"every_steps": 6, "max_clips": 16},
     "cluster": {"workers": 2, "device": "cpu"},
 }
-
 
 # In the environment of a run, of its Ray and of all that its workers start.
 _RUN = "ARVIDEO_TESTS_RUN"
@@ -68,6 +70,14 @@ def _prepare(folder: Path) -> Path:
     return folder
 
 
+def damage(data: Path, split: str, videos: int) -> None:
+    """Overwrite the first `videos` videos of `split` in what `make_data` made."""
+    for row in pq.read_table(data / index_name(split)).to_pylist()[:videos]:
+        with open(data / row["shard"], "r+b") as shard:
+            shard.seek(row["offset"])
+            shard.write(bytes(row["size"]))
+
+
 def write_config(file: Path, **sections: dict[str, Any]) -> Path:
     """TINY with `sections` laid over it, as a YAML file."""
     merged = {name: {**TINY.get(name, {}), **sections.get(name, {})} for name in {*TINY, *sections}}
@@ -75,17 +85,31 @@ def write_config(file: Path, **sections: dict[str, Any]) -> Path:
     return file
 
 
+def runs_folder(folder: Path) -> Path:
+    """`folder` with data in `data`, and an empty database of MLflow for the runs in `runs`."""
+    make_data(folder / "data")
+    new_database(folder / "runs/mlflow.db")
+    return folder
+
+
+def run_arguments(folder: Path, name: str, **sections: dict[str, Any]) -> list[str]:
+    """The command line of run `name` in a `runs_folder`, with `sections` laid over TINY."""
+    run = {"name": name, "storage_path": str(folder / "runs"), **sections.pop("run", {})}
+    data = {"path": str(folder / "data"), **sections.pop("data", {})}
+    return ["--config", str(write_config(folder / f"{name}.yaml", run=run, data=data, **sections))]
+
+
 class PretrainProcess:
-    """`python -m arvideo_dist.pretrain ...` with its output read line by line.
+    """`python -m arvideo_dist.pretrain ...`, or another command of a run, with its output read line by line.
 
     Ray's processes and workers are warm as the command itself is (tests/warm).
     """
 
-    def __init__(self, arguments: list[str], *, at_terminal: bool = False) -> None:
+    def __init__(self, arguments: list[str], *, at_terminal: bool = False, command: str = "pretrain") -> None:
         """`at_terminal`: in the foreground of a terminal of its own, at which `ctrl_c` is pressed."""
         self.lines: list[str] = []
         self._name = uuid.uuid4().hex
-        command = ["-m", "arvideo_dist.pretrain", *arguments]
+        line = ["-m", f"arvideo_dist.{command}", *arguments]
         options: dict[str, Any] = {
             "stdout": subprocess.PIPE,
             "stderr": subprocess.STDOUT,
@@ -94,11 +118,11 @@ class PretrainProcess:
         }
         self._process: subprocess.Popen[str] | warm.Process
         if not at_terminal:
-            self._process = warm.Process(command, **options)
+            self._process = warm.Process(line, **options)
             return
         self._keyboard, here = pty.openpty()
         self._process = subprocess.Popen(
-            [sys.executable, *command],
+            [sys.executable, *line],
             stdin=here,
             start_new_session=True,
             preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),

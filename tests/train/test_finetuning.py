@@ -31,10 +31,10 @@ from arvideo_dist.train.assignment import Assignment
 from arvideo_dist.train.checkpoint.layout import FOLDER, complete_checkpoints
 from arvideo_dist.train.compose import train
 from arvideo_dist.train.run.lease import acquire
-from arvideo_dist.train.run.stop import RESULT, StoreAwayError
+from arvideo_dist.train.run.stop import RESULT, RunStoppedError, StoreAwayError
 from arvideo_dist.train.trained import read_weights
 from tests.train.distributed import run_ranks
-from tests.train.runs import make_data
+from tests.train.runs import damage, make_data
 from tests.train.test_length import Told, _LeavesAfter
 
 STEPS, CLASSES, VIDEOS, VIEWS = 6, 12, 16, 6
@@ -268,21 +268,12 @@ def test_weights_of_another_size_are_refused_by_name(folder: Path, whole: dict) 
         task.start_from(module, lambda source: weights)
 
 
-def damage(data: Path, videos: int) -> None:
-    """Overwrite the first `videos` videos of the held-out split."""
-    storage = Storage(str(data))
-    for row in pq.read_table(pa.BufferReader(storage.read_bytes("index-val.parquet"))).to_pylist()[:videos]:
-        with open(data / row["shard"], "r+b") as shard:
-            shard.seek(row["offset"])
-            shard.write(bytes(row["size"]))
-
-
 @pytest.mark.parametrize("videos", [3, VIDEOS])
 def test_videos_that_cannot_be_read_are_counted_and_named_and_have_no_part_in_the_accuracy(
     folder: Path, whole: dict, alone: Storage, tmp_path: Path, videos: int
 ) -> None:
     make_data(tmp_path / "data")
-    damage(tmp_path / "data", videos)
+    damage(tmp_path / "data", "val", videos)
     data = {"path": str(tmp_path / "data"), "split": "val", "stride": 2, "max_bad_fraction": 1.0}
     run = evaluated(evaluate_config(folder, f"bad-{videos}", data={"workers": 0, **data}), (2, None))
     result = json.loads(run.read_bytes(RESULT))
@@ -315,3 +306,41 @@ def test_what_the_classifier_says_of_itself_cannot_be_given(folder: Path) -> Non
     given = EvaluateConfig.model_validate({"model": {"frames": 8}})
     with pytest.raises(ValueError, match=r"model\.frames: the classifier says its own"):
         of_source(given, mock.Mock(source=str(folder / "runs" / "whole")))
+
+
+def _what_stops(assignments: list[Assignment], sources: list[str]) -> list[str]:
+    """The error that ends this rank, whose node has the weights at its own of `sources`."""
+    control, said = dist.new_group(backend="gloo"), []
+    for assignment in assignments:
+        config = assignment.config
+        model = config.model.model_copy(update={"init_from": sources[dist.get_rank()]})
+        own = replace(assignment, config=config.model_copy(update={"model": model}))
+        watch = _LeavesAfter(assignment.lease, control, None)
+        start = scoring.score if isinstance(config, EvaluateConfig) else train
+        with mock.patch.dict(ENCODER_SIZES, {"demo": SIZE}):
+            try:
+                start(own, torch.device("cpu"), control, watch, None)
+            except RunStoppedError as error:
+                said.append(str(error))
+    return said
+
+
+@pytest.mark.parametrize("absent_on", [[1], [0, 1]])
+def test_weights_that_a_node_does_not_have_stop_the_run_on_all_ranks(
+    folder: Path, whole: dict, absent_on: list[int]
+) -> None:
+    """The driver has looked at them on its own node, and a restart would meet the same."""
+    absent, there = str(folder / "absent.pth"), str(folder / "runs" / "whole")
+    sources = [absent if rank in absent_on else there for rank in range(2)]
+    name = f"absent-{len(absent_on)}"
+    with contextlib.ExitStack() as held, mock.patch.dict(ENCODER_SIZES, {"demo": SIZE}):
+        assignments = []
+        for config in (finetune_config(folder, name), evaluate_config(folder, name)):
+            guard = held.enter_context(acquire(run_folder(config), lease_s=600)).guard
+            assignments.append(Assignment(config, derive_checked(config), "", "", guard))
+        of_ranks = run_ranks(2, _what_stops, assignments, sources)
+    assert of_ranks[0] == of_ranks[1]
+    assert len(of_ranks[0]) == 2, "fine-tuning and evaluation"
+    for said in of_ranks[0]:
+        assert said.startswith("rank 1: ") == (len(absent_on) == 1)
+        assert "absent.pth" in said

@@ -19,31 +19,18 @@ from arvideo_dist.storage import Storage
 from arvideo_dist.train.checkpoint.layout import complete_checkpoints
 from arvideo_dist.train.checkpoint.reader import Checkpoint
 from arvideo_dist.train.trained import open_trained
-from tests.services.mlflow_server import new_database
-from tests.train.runs import PretrainProcess, history, make_data, write_config
+from tests.train.runs import PretrainProcess, history, run_arguments, runs_folder
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("runs")
-    make_data(folder / "data")
-    new_database(folder / "runs/mlflow.db")
-    return folder
-
-
-def _arguments(folder: Path, name: str) -> list[str]:
-    config = write_config(
-        folder / f"{name}.yaml",
-        run={"name": name, "storage_path": str(folder / "runs"), "checkpoint_every_steps": 4},
-        data={"stride": 2, "workers": 1, "path": str(folder / "data")},
-    )
-    return ["--config", str(config)]
+    return runs_folder(tmp_path_factory.mktemp("runs"))
 
 
 @pytest.fixture(scope="module")
 def whole(folder: Path) -> PretrainProcess:
     """An uninterrupted run."""
-    process = PretrainProcess(_arguments(folder, "whole"))
+    process = PretrainProcess(run_arguments(folder, "whole"))
     assert process.finish() == 0, process.output
     return process
 
@@ -106,7 +93,7 @@ def test_same_command_again_says_that_the_run_is_finished_and_starts_nothing(
     client = MlflowClient(tracking_uri=f"sqlite:///{folder}/runs/mlflow.db")
     run_id = json.loads((run / "run.json").read_text())["mlflow_run_id"]
     before = client.get_run(run_id).info.end_time, sorted(run.rglob("*"))
-    again = PretrainProcess(_arguments(folder, "whole"))
+    again = PretrainProcess(run_arguments(folder, "whole"))
     assert again.finish() == 0, again.output
     assert "run whole is finished: step 12 was its last" in again.output
     assert f"checkpoint  {run}/checkpoints/step-00000012" in again.output
@@ -120,7 +107,7 @@ def test_encoder_starts_from_the_given_weights_and_training_goes_on_from_them(
     export([str(folder / "runs/whole"), "--format", "hf", "--out", str(folder / "initial")])
     process = PretrainProcess(
         [
-            *(*_arguments(folder, "initialised"), "--init-from", str(folder / "initial")),
+            *(*run_arguments(folder, "initialised"), "--init-from", str(folder / "initial")),
             *("--train.steps", "4", "--run.checkpoint_every_steps", "1", "--run.keep_last", "4"),
         ]
     )
@@ -151,7 +138,7 @@ def test_run_with_too_many_bad_samples_stops_without_a_restart_and_names_them(fo
     with open(shards[0], "r+b") as tar:
         tar.seek(row["offset"])
         tar.write(bytes(row["size"]))
-    process = PretrainProcess([*_arguments(folder, "bad"), "--data.path", str(damaged)])
+    process = PretrainProcess([*run_arguments(folder, "bad"), "--data.path", str(damaged)])
     assert process.finish() == 1
     assert "1 bad samples are more than data.max_bad_fraction 0.01 allows" in process.output
     assert process.output.count("starts from random weights") == 1

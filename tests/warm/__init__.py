@@ -83,9 +83,8 @@ def _start_server(folder: Path) -> None:
             pass_fds=[told],
         )
     os.close(told)
-    os.read(
-        ready, 1
-    )  # it listens, or has ended: then its log says why, and processes start as everywhere else
+    # It listens, or has ended: then its log says why, and processes start as everywhere else.
+    os.read(ready, 1)
     os.close(ready)
 
 

@@ -82,9 +82,8 @@ def serve(folder: Path, owner: int, told: int) -> dict[str, Any]:
     gc.collect()
     gc.freeze()
     end = _high_fd(os.pidfd_open(owner))
-    running: dict[
-        int, tuple[int, socket.socket]
-    ] = {}  # by what poll gives: the process, and who asked for it
+    # By what poll gives: the process, and who asked for it.
+    running: dict[int, tuple[int, socket.socket]] = {}
     poll = select.poll()
     poll.register(listener, select.POLLIN)
     poll.register(end, select.POLLIN)

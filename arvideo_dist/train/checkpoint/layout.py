@@ -10,14 +10,8 @@ import re
 from arvideo_dist.storage import Storage
 
 FOLDER = "checkpoints"
-
-
 MANIFEST = "manifest.json"
-
-
 STATE = "state.json"
-
-
 _NAME = re.compile(r"step-\d{8}")
 
 

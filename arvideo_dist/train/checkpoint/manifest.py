@@ -11,8 +11,6 @@ from arvideo_dist.data.index import FileEntry
 from arvideo_dist.train.engine import zero_state
 
 FORMAT_VERSION = 1
-
-
 KINDS = ("weight", *zero_state.MOMENTS)
 
 
@@ -20,7 +18,7 @@ class CheckpointError(RuntimeError):
     """A checkpoint could not be written, or what is there is damaged; the message says what and where."""
 
     def __init__(self, message: str, *, passing: bool = False, kind: str = "") -> None:
-        """`passing`: time alone may mend it, as where a store does not answer. `kind`: the same for like faults."""
+        """`passing`: time alone may mend it, as when a store does not answer. `kind`: the same for like faults."""
         super().__init__(message)
         self.passing, self.kind = passing, kind
 

@@ -26,7 +26,7 @@ Result = TypeVar("Result")
 
 _AHEAD = 8
 _REQUEST_BYTES = 32 * 2**20
-# A request costs tens of milliseconds; what lies between two wanted ranges costs less to read where it is short.
+# A request costs tens of milliseconds; what lies between two wanted ranges costs less to read if it is short.
 _HOLE_BYTES = 64 * 2**10
 _FIRST_BYTES = 8 * 2**10  # of a part: with some tens of ranks they hold its whole header
 

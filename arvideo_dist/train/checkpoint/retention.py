@@ -79,7 +79,7 @@ class Retention:
         """`newest`, with `weights` (`weights_step`), has just become visible: delete what is not needed beside it.
 
         Kept are it, `best`, which the run has measured best, those of the newest `keep_last` distinct good weights
-        and, for good, the first good one of each `keep_every` steps: that of a step that it divides or, where the
+        and, for good, the first good one of each `keep_every` steps: that of a step that it divides or, if the
         save at that step failed or was put off, the next one. Leftovers of killed saves go. What cannot be read
         stays, as do other names. Raises OSError.
         """

@@ -56,26 +56,19 @@ from arvideo_dist.train.run.stop import RunStoppedError
 
 Result = TypeVar("Result")
 
-
-FAILED_TAG = (
-    "arvideo.failed_checkpoint"  # of the MLflow run: the newest save's failure, or that there is none
-)
-
+# Of the MLflow run: the newest save's failure, or that there is none.
+FAILED_TAG = "arvideo.failed_checkpoint"
 
 # Levels below training and decoding (Ray's workers are at 15 already): on a full core some two fifths of their
 # share, so that a save also comes to its end.
 _NICER = 4
 
-
 _SLICE_S = 1.0  # of waiting for a save; well below the shortest run.hung_s
-
 
 # How much later than the fastest rank the slowest may have uploaded its part.
 _TIMEOUT = timedelta(hours=2)
 
-
 _TOLD = 3  # kinds of failure that a message tells
-
 
 # From a failed save to the next try; doubles with each failure in a row. With three tries a store may be away for a
 # minute and a half, and all fit into the two minutes that workers have to leave (run.preemption_grace_s).
@@ -151,10 +144,10 @@ class Saver:
         return minutes is not None and time.monotonic() - self._requested_at >= 60 * minutes
 
     def request(self, step: int, state: dict[str, Any]) -> None:
-        """Begin to save the state as it is after `step`; waits first where the save before is not yet done, and
-        leaves it where that one failed and the pause after it is not over.
+        """Begin to save the state as it is after `step`; waits first if the save before is not yet done, and
+        leaves it if that one failed and the pause after it is not over.
 
-        `state`: JSON content kept beside the tensors. Raises RunStoppedError, on all ranks, where the save before
+        `state`: JSON content kept beside the tensors. Raises RunStoppedError, on all ranks, if the save before
         was the last of `max_failed_saves` in a row.
         """
         self._outcome()
@@ -190,7 +183,7 @@ class Saver:
         return self._failures > 0
 
     def finish(self, again: Callable[[], None] | None = None) -> None:
-        """Wait for the save in flight; raises CheckpointError on all ranks where it failed.
+        """Wait for the save in flight; raises CheckpointError on all ranks if it failed.
 
         With `again`, which requests the same state once more, that is called instead, after a pause, until a save
         is whole; raises RunStoppedError as `request` does.
@@ -222,26 +215,19 @@ class Saver:
         if not isinstance(failure, CheckpointError):
             raise failure
         if self._failures >= self._options.max_failed_saves:
-            raise RunStoppedError(
-                f"{self._failures} saves in a row failed (run.max_failed_saves); the last one: {failure}. Mend the "
-                f"storage (free space, rights, is the store up?); the same command goes on from step "
-                f"{self.last_saved}",
-                passing=failure.passing,
-            ) from failure
+            raise too_many_failed(self._failures, failure, f"step {self.last_saved}") from failure
         return failure
 
     def _pause_left_s(self) -> float:
-        pause = min(_FIRST_PAUSE_S * 2 ** (self._failures - 1), _LONGEST_PAUSE_S)
-        return self._failed_at + pause - time.monotonic()
+        return self._failed_at + pause_s(self._failures) - time.monotonic()
 
     # From here on: the background thread.
 
     def _save(self, step: int, state: bytes, weights: int | None) -> None:
         try:
             _lower_priority()
-            if (
-                self._engine.device.type == "cuda"
-            ):  # a new thread's is the first, where it would make a context
+            # A new thread's device is the first one, on which it would make a context.
+            if self._engine.device.type == "cuda":
                 torch.cuda.set_device(self._engine.device)
             self._write(step, state, weights)
         except CheckpointError as error:
@@ -323,33 +309,7 @@ class Saver:
             self._say(f"older checkpoints than {name} could not be deleted: {error}")
 
     def _together(self, folder: str, action: Callable[[], Result]) -> list[Result]:
-        """Each rank's result of `action`; where it failed on some rank, the same error on all ranks.
-
-        A lone raise would leave the others waiting.
-        """
-        outcome: Any
-        try:
-            outcome = action(), None
-        except (RunStoppedError, LeaseLostError) as error:
-            outcome = None, RunStoppedError(str(error))
-        except Exception as error:
-            passing = isinstance(error, OSError) and not lasts(error)
-            told = f"rank {self._rank}: {type(error).__name__}: {error}"
-            kind = f"{type(error).__name__} {getattr(error, 'errno', None) or error}"
-            outcome = None, CheckpointError(told, passing=passing, kind=kind)
-        outcomes: list[Any] = [None] * self._world_size
-        dist.all_gather_object(outcomes, outcome, group=self._group)
-        failures = [failure for _, failure in outcomes if failure is not None]
-        for failure in failures:
-            if isinstance(failure, RunStoppedError):
-                raise failure
-        if failures:
-            told = _told(failures)
-            raise CheckpointError(
-                f"save of {self._run.uri}/{folder} failed: {told}",
-                passing=all(failure.passing for failure in failures),
-            )
-        return [result for result, _ in outcomes]
+        return together(f"{self._run.uri}/{folder}", self._group, action)
 
     def _publish(
         self,
@@ -369,6 +329,47 @@ class Saver:
         check_coverage(manifest)
         self._run.write_bytes(f"{folder}/{STATE}", state)
         self._run.write_bytes(f"{folder}/{MANIFEST}", manifest.model_dump_json(indent=1).encode())
+
+
+def pause_s(failures: int) -> float:
+    """From the last of so many failed saves in a row to the next try, in seconds."""
+    return min(_FIRST_PAUSE_S * 2 ** (failures - 1), _LONGEST_PAUSE_S)
+
+
+def too_many_failed(failures: int, last: CheckpointError, saved: str) -> RunStoppedError:
+    """What stops the run after `run.max_failed_saves`; `saved`: what the same command goes on from."""
+    return RunStoppedError(
+        f"{failures} saves in a row failed (run.max_failed_saves); the last one: {last}. Mend the storage (free "
+        f"space, rights, is the store up?); the same command goes on from {saved}",
+        passing=last.passing,
+    )
+
+
+def together(where: str, group: dist.ProcessGroup, action: Callable[[], Result]) -> list[Result]:
+    """Collective. Each rank's result of `action`; where it failed on some rank, the same error on all ranks.
+
+    A lone raise would leave the others waiting. `where`: what is being saved.
+    """
+    outcome: Any
+    try:
+        outcome = action(), None
+    except (RunStoppedError, LeaseLostError) as error:
+        outcome = None, RunStoppedError(str(error))
+    except Exception as error:
+        passing = isinstance(error, OSError) and not lasts(error)
+        told = f"rank {dist.get_rank()}: {type(error).__name__}: {error}"
+        kind = f"{type(error).__name__} {getattr(error, 'errno', None) or error}"
+        outcome = None, CheckpointError(told, passing=passing, kind=kind)
+    outcomes: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(outcomes, outcome, group=group)
+    failures = [failure for _, failure in outcomes if failure is not None]
+    for failure in failures:
+        if isinstance(failure, RunStoppedError):
+            raise failure
+    if failures:
+        passing = all(failure.passing for failure in failures)
+        raise CheckpointError(f"save of {where} failed: {_told(failures)}", passing=passing)
+    return [result for result, _ in outcomes]
 
 
 def _told(failures: list[CheckpointError]) -> str:

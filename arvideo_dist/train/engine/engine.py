@@ -5,7 +5,7 @@ takes a dummy Adam step at stage 0 in 0.19.8; autocast is right at stages 0 to 3
 the same at all of them.)
 
 Gradients are summed over ranks, and ZeRO-3's weights gathered, in fp32. For linear layers DeepSpeed's default
-under autocast is bf16, which rounds sums over ranks; and where ZeRO-3 gathers anew what it had kept whole, weights
+under autocast is bf16, which rounds sums over ranks; and if ZeRO-3 gathers anew what it had kept whole, weights
 that are used in fp32 are rounded too, so that a run that was resumed was not bit-equal to one that was not.
 """
 
@@ -43,9 +43,8 @@ class Update:
 class Engine:
     """One rank's share of the data-parallel training of a module."""
 
-    sample_losses: list[
-        torch.Tensor
-    ]  # of the newest `accumulate`: float32 [B] of each micro batch, on the device
+    # Of the newest `accumulate`: float32 [B] of each micro batch, on the device.
+    sample_losses: list[torch.Tensor]
 
     def __init__(
         self,
@@ -133,7 +132,7 @@ class Engine:
         return loss_sum
 
     def apply(self, learning_rate: float) -> Update:
-        """The optimiser step at `learning_rate`, left out where the gradients' norm is not finite.
+        """The optimiser step at `learning_rate`, left out if the gradients' norm is not finite.
 
         ZeRO's stages look at their norm themselves, at every precision (DeepSpeed 0.19.8), which costs the one
         wait for the device of a step; at stage 0 it is done here.
@@ -154,9 +153,8 @@ class Engine:
             self._deepspeed.step()
             return Update(True, norm)
         self._deepspeed.zero_grad()
-        self._deepspeed.set_gradient_accumulation_boundary(
-            False
-        )  # so that `step` counts the micro batch only
+        # So that `step` counts the micro batch only.
+        self._deepspeed.set_gradient_accumulation_boundary(False)
         self._deepspeed.step()
         self._deepspeed.set_gradient_accumulation_boundary(None)  # as before: every so many micro batches
         return Update(False, norm)

@@ -37,5 +37,5 @@ class ForwardTime:
             self._host_s += time.perf_counter() - self._began
 
     def seconds(self) -> float:
-        """To be called once the device is past them: where a result of the step has been read."""
+        """To be called once the device is past them: when a result of the step has been read."""
         return self._host_s + sum(begin.elapsed_time(end) for begin, end in self._events) / 1000

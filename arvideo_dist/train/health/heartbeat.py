@@ -7,7 +7,6 @@ import socket
 import sys
 import threading
 from collections.abc import Callable
-from types import TracebackType
 from typing import Any
 
 import psutil
@@ -16,6 +15,7 @@ import torch.distributed as dist
 from arvideo_dist import stacks
 from arvideo_dist.processes import process_identity
 from arvideo_dist.storage import Storage
+from arvideo_dist.threads import BlockThread
 from arvideo_dist.train.health.activity import activity
 from arvideo_dist.train.health.monitor import Beat, Order, seconds_between_beats
 
@@ -23,8 +23,8 @@ _WRITE_S = 20.0  # for the stacks: the store itself may be what hangs
 _EXIT_CODE = 70  # EX_SOFTWARE
 
 
-class Heartbeat:
-    """Tells the monitor of this rank until the `with` block ends; ends the process where the monitor says so."""
+class Heartbeat(BlockThread):
+    """Tells the monitor of this rank until the `with` block ends; ends the process if the monitor says so."""
 
     def __init__(
         self, tell: Callable[[Beat], Order | None], run: Storage, hung_s: float, workers: str, node: str
@@ -45,24 +45,13 @@ class Heartbeat:
         }
         self._every = seconds_between_beats(hung_s)
         self._heard = True
-        self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._keep, name="heartbeat", daemon=True)
-
-    def __enter__(self) -> Heartbeat:
         stacks.keep_ready()
-        self._thread.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._ended.set()
-        self._thread.join(2 * self._every)
+        super().__init__("heartbeat", join_s=2 * self._every)
 
     def _keep(self) -> None:
-        while not self._ended.is_set():
+        self._tell(left=False)
+        while self._pause(self._every):
             self._tell(left=False)
-            self._ended.wait(self._every)
         self._tell(left=True)
 
     def _tell(self, *, left: bool) -> None:

@@ -25,8 +25,6 @@ if TYPE_CHECKING:
 
 
 FOLDER = "hangs"
-
-
 _NAMED_RANKS = 8  # in a line for a person; the file has all
 
 

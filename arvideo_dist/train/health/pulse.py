@@ -5,37 +5,25 @@ Rank 0's thread reads what the step loop says anyway (`activity.py`): it asks ne
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Callable
-from types import TracebackType
 
+from arvideo_dist.threads import BlockThread
 from arvideo_dist.train.health.activity import Activity
 
 EVERY_S = 60.0
 
 
-class Pulse:
-    """Says a line where the run has said none for `every_s` seconds, until the `with` block ends."""
+class Pulse(BlockThread):
+    """Says a line if the run has said none for `every_s` seconds, until the `with` block ends."""
 
     def __init__(self, activity: Activity, say: Callable[[str], None], every_s: float = EVERY_S) -> None:
         self._activity, self._say, self._every_s = activity, say, every_s
-        self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._keep, name="pulse", daemon=True)
-
-    def __enter__(self) -> Pulse:
-        self._activity.spoke()
-        self._thread.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._ended.set()
-        self._thread.join()
+        super().__init__("pulse")
 
     def _keep(self) -> None:
-        while not self._ended.wait(self._left_s()):
+        self._activity.spoke()
+        while self._pause(self._left_s()):
             if self._left_s() <= 0:
                 self._activity.spoke()
                 self._say(pulse_line(self._activity))

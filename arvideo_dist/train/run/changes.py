@@ -76,7 +76,7 @@ def _remedy(refused: list[str], misfits: list[str]) -> str:
     return (
         f"The checkpoint's weights do not fit a model with another {', '.join(misfits)}, so run.allow_change "
         f"cannot help: set {'it' if len(misfits) == 1 else 'them'} back{leave}. Or choose another run.name for a "
-        "new run; where the encoder is the same, it can start from this run's: python -m arvideo_dist.export RUN "
+        "new run; if the encoder is the same, it can start from this run's: python -m arvideo_dist.export RUN "
         "--format safetensors, then --model.init_from FILE"
     )
 

@@ -5,17 +5,17 @@
 Each driver that takes the run raises the generation. The file of a generation is written by its holder alone,
 so its heartbeat conflicts with nobody.
 
-*Taking.* A driver writes a file of the next generation, then lists the folder. Where its file is the only one
+*Taking.* A driver writes a file of the next generation, then lists the folder. If its file is the only one
 of the highest generation it holds the lease; else it removes its file and looks again. Of two that write at
 once, whoever lists later sees both, so never do two win. This needs a listing that shows every file written
 before it began: POSIX, S3, GCS and Azure give that, and NFS after a change by the same client.
 
 *Expiry.* No clocks are compared. A lease is dead when its heartbeat has not changed for the lease time by the
-observer's own monotonic clock; at once where the holder was a process of this very machine (same boot, same PID
+observer's own monotonic clock; at once if the holder was a process of this very machine (same boot, same PID
 namespace) that has ended.
 
 *Fencing.* Driver and workers look for a higher generation immediately before every change of the run
-(`GuardedStorage`, MLflow points). Who does not find the file of its own generation has lost its storage, as where a
+(`GuardedStorage`, MLflow points). Who does not find the file of its own generation has lost its storage, as when a
 mount is gone and its empty folder is left: nothing is written there either. Storage offers no write that depends on
 another file, so a process that is suspended exactly between that look and its write could still publish one file;
 what it could publish is a checkpoint that is whole, or points that are the same.
@@ -33,26 +33,18 @@ import threading
 import time
 import uuid
 from collections.abc import Callable
-from types import TracebackType
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from arvideo_dist.processes import namespace_of, process_identity
 from arvideo_dist.storage import Storage, patiently
+from arvideo_dist.threads import BlockThread
 
 FOLDER = "lease"
-
-
 _NAME = re.compile(r"(\d{8})-[0-9a-f]{32}\.json")
-
-
 _BEATS_PER_LEASE = 6
-
-
 _READS = 5
-
-
 _LISTINGS = 2  # one may miss a file that is being replaced
 
 
@@ -71,7 +63,7 @@ class Holder(BaseModel):
     host: str
     pid: int
     job: str | None  # Ray job submission
-    process: str | None  # boot, PID namespace and start time: what makes a PID unique, where /proc tells
+    process: str | None  # boot, PID namespace and start time: what makes a PID unique, if /proc tells
 
     @classmethod
     def this_process(cls) -> Holder:
@@ -84,7 +76,7 @@ class Holder(BaseModel):
         return f"process {self.pid} on {self.host}{job}"
 
     def has_ended(self) -> bool:
-        """Whether the process is known to exist no more; False where this machine cannot know."""
+        """Whether the process is known to exist no more; False if this machine cannot know."""
         mine = process_identity(os.getpid())
         if self.process is None or mine is None or namespace_of(mine) != namespace_of(self.process):
             return False
@@ -160,7 +152,7 @@ class Guard:
 
 
 class GuardedStorage(Storage):
-    """A run's folder in which nothing is changed once a higher generation exists (LeaseLostError), nor where the
+    """A run's folder in which nothing is changed once a higher generation exists (LeaseLostError), nor if the
     folder is not the run's (OSError)."""
 
     def __init__(self, guard: Guard) -> None:
@@ -171,7 +163,7 @@ class GuardedStorage(Storage):
         self.guard.check()
 
 
-class Lease:
+class Lease(BlockThread):
     """A lease that this driver holds: renewed by a thread, given back on exit from the `with` block."""
 
     def __init__(self, guard: Guard, record: Record, newest_step: Callable[[Storage], int]) -> None:
@@ -181,19 +173,10 @@ class Lease:
         self._seen, self._seeing = record.newest_step, threading.Lock()
         self.stop_reason: str | None = None  # why the run was asked to stop, if it was
         self._widen: str | None = None
-        self._wake, self._ended = threading.Event(), threading.Event()
-        self._thread = threading.Thread(target=self._keep, name="lease", daemon=True)
+        super().__init__("lease")
 
-    def __enter__(self) -> Lease:
-        self._thread.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._ended.set()
-        self._wake.set()
-        self._thread.join()
+    def __exit__(self, *error: object) -> None:
+        super().__exit__(*error)
         with contextlib.suppress(LeaseLostError):  # whose it is now has been said
             try:
                 self._write(released=True)
@@ -207,7 +190,7 @@ class Lease:
     def ask_to_stop(self, reason: str) -> None:
         """Let the workers save and end at their next step."""
         self.stop_reason = reason
-        self._wake.set()
+        self.wake()
 
     def saw(self, step: int) -> int:
         """Somebody saw a checkpoint of `step`; returns the newest step that anybody has seen, 0 for none."""
@@ -218,7 +201,7 @@ class Lease:
     def ask_to_widen(self, workers: str) -> None:
         """Let the set of workers of this name, and no later one, save and make way for a wider one."""
         self._widen = workers
-        self._wake.set()
+        self.wake()
 
     def is_held(self) -> bool:
         """Whether no other driver has the run. OSError if its storage does not tell for the lease time."""
@@ -230,11 +213,7 @@ class Lease:
 
     def _keep(self) -> None:
         failing = False
-        while True:
-            self._wake.wait(self._record.lease_s / _BEATS_PER_LEASE)
-            self._wake.clear()
-            if self._ended.is_set():
-                return
+        while self._pause(self._record.lease_s / _BEATS_PER_LEASE):
             try:
                 self._write()
             except LeaseLostError as error:
@@ -279,9 +258,8 @@ def acquire(run: Storage, lease_s: float, newest_step: Callable[[Storage], int] 
         run.write_bytes(f"{FOLDER}/{mine}", record.model_dump_json(indent=1).encode())
         if _newest(run) == [mine]:
             for name in _names(run):
-                if (
-                    _generation(name) < generation
-                ):  # never of one that took over while this process was held up
+                # Never of one that took over while this process was held up.
+                if _generation(name) < generation:
                     run.delete(f"{FOLDER}/{name}")
             return Lease(Guard(run.address, mine), record, newest_step)
         run.delete(f"{FOLDER}/{mine}")
@@ -295,7 +273,7 @@ def recorded_step(run: Storage) -> int:
 
 
 def _wait_until_free(run: Storage, name: str) -> bool:
-    """True once the holder of `name` has given it back or is dead, False where the file is gone (its writer
+    """True once the holder of `name` has given it back or is dead, False if the file is gone (its writer
     stepped back, and another may hold the lease now); LeaseHeldError once the holder shows life."""
     first = _read(run, name)
     if first is None or first.released or first.holder.has_ended():

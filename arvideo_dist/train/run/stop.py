@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
+
+from arvideo_dist.storage import Storage, is_full
 
 RESULT = "result.json"  # in the run's folder, once the run has ended: its final metrics
 
@@ -29,9 +33,23 @@ class StoreAwayError(RunStoppedError):
         super().__init__(message, passing=True)
 
 
+@contextlib.contextmanager
+def stops_if_full(run: Storage) -> Iterator[None]:
+    """RunStoppedError if there is no room for the result of a run that is done and saved."""
+    try:
+        yield
+    except OSError as error:
+        if not is_full(error):
+            raise
+        raise RunStoppedError(
+            f"the run is done and saved, but {run.uri} takes no result: {error}. Make room there; the same command "
+            "ends the run"
+        ) from error
+
+
 @dataclass(frozen=True)
 class Stopped:
-    """What a worker leaves to the driver where it raised RunStoppedError."""
+    """What a worker leaves to the driver if it raised RunStoppedError."""
 
     reason: str
     passing: bool

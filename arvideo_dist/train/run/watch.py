@@ -32,7 +32,7 @@ class Watch:
         """Collective. `notice`: the ranks whose nodes are about to go, if there are any; asked on rank 0 alone, at
         every step. `workers`: the name of this set, by which the driver may ask it to make way for a wider one.
 
-        Raises RunStoppedError on all ranks where another driver has taken the run.
+        Raises RunStoppedError on all ranks if another driver has taken the run.
         """
         self._guard, self._control, self._notice, self._workers = guard, control, notice, workers
         self._lost: str | None = None
@@ -64,7 +64,7 @@ class Watch:
     def look(self, step: int) -> Interruption | None:
         """The interruption to obey before the next step, if there is one; `step`: optimiser steps done.
 
-        Raises RunStoppedError on all ranks where another driver has taken the run.
+        Raises RunStoppedError on all ranks if another driver has taken the run.
         """
         stop, notice, widen = self._hear()
         if stop is not None:

@@ -42,13 +42,13 @@ _SCHEMA = pa.schema(
 class _Sample:
     """One sample of the data, whatever the number of epochs and windows in which it was bad."""
 
-    shard: str  # with its data set's URI where there are several
+    shard: str  # with its data set's URI if there are several
     key: str
     reason: str  # at the newest place; a window's own frames may be in it
     places: int  # of the sequence that it took
     first_place: int
     last_place: int
-    split: str = ""  # where an older checkpoint does not say
+    split: str = ""  # "" if an older checkpoint does not say it
 
 
 _Listed = dict[tuple[str, str], _Sample]  # by shard and key
@@ -112,7 +112,7 @@ class BadSamples:
             )
 
     def collect(self) -> None:
-        """Collective where a place was counted since the last time: list its sample; rank 0 writes the list."""
+        """Collective if a place was counted since the last time: list its sample; rank 0 writes the list."""
         if self.places == self._places_listed():
             return
         unlisted, self._unlisted = self._unlisted, []
@@ -123,7 +123,7 @@ class BadSamples:
         """Collective. List the bad samples of a validation, `records` on this rank, of `read` clips on all ranks.
         `setting`: null there ends such validations.
 
-        Raises RunStoppedError, on every rank, where their share is past the same limit as training's.
+        Raises RunStoppedError, on every rank, if their share is past the same limit as training's.
         """
         total = self._list_all(self._of_validation, records, "bad validation sample")
         limit = self._max_fraction * read

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 FOLDER = "bad_steps"
 ROLLBACKS_TAG = "arvideo.rollbacks"
-# Between two checkpoints the samples can be at fault in a few places; where it goes on, the weights are.
+# Between two checkpoints the samples can be at fault in a few places; if it goes on, the weights are.
 _MAX_ROLLBACKS_TO_SAME_WEIGHTS = 3
 _SCHEMA = pa.schema(
     [
@@ -47,7 +47,7 @@ _SCHEMA = pa.schema(
         ("shard", pa.string()),
         ("key", pa.string()),
         ("weight", pa.float32()),  # 0: a bad sample, whose clip is all zeros
-        ("loss", pa.float32()),  # where all of a step are finite, the gradient was not
+        ("loss", pa.float32()),  # if all of a step are finite, the gradient was not
     ]
 )
 _NAMED_IN_LINE = 3
@@ -120,8 +120,8 @@ class BadSteps:
         Good is one that is whole and was not made directly after a bad step, by a run told to leave: its weights
         are those that are suspected. `seen`: the newest step of which anybody saw a checkpoint.
 
-        Call it after step `step` where `too_many`, with no save in flight, and save right after: later restarts
-        begin behind the rollback then. Raises RunStoppedError on all ranks where the configuration or reason
+        Call it after step `step` if `too_many`, with no save in flight, and save right after: later restarts
+        begin behind the rollback then. Raises RunStoppedError on all ranks if the configuration or reason
         forbid to go on.
         """
         number = f"{self._in_a_row} steps in a row had a loss or gradient norm that is not finite"

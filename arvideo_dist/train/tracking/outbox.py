@@ -108,7 +108,7 @@ class _Waiting:
 class QueuedTracker:
     """A `Tracker` whose methods return at once.
 
-    At the end of its `with` block it waits, for a bounded time, until all is sent; the rest is kept. Where it was
+    At the end of its `with` block it waits, for a bounded time, until all is sent; the rest is kept. If it was
     told to `finish` or `leave` before, nothing is left to do there.
     """
 
@@ -256,7 +256,7 @@ class QueuedTracker:
                 self._sent_members.append(item.member)
 
     def _delete_sent(self) -> None:
-        """Remove members whose entries MLflow has all; where the storage fails, some other time."""
+        """Delete files whose entries MLflow already has; if the storage fails, some other time."""
         with self._changed:
             members, self._sent_members = self._sent_members, []
         for member in members:
@@ -324,7 +324,7 @@ class QueuedTracker:
         return None
 
     def _send_or_set_aside(self, item: _Waiting) -> None:
-        """Where MLflow refuses an entry though it takes others of this run, the entry must not block these."""
+        """If MLflow refuses an entry though it takes others of this run, the entry must not block these."""
         try:
             item.entry.send(self._tracker)
         except Exception as error:
@@ -356,7 +356,7 @@ def holds_entries(run: Storage) -> bool:
 
 
 def say_unsent(run: Storage) -> None:
-    """Tell how many entries wait in a run's folder for MLflow, where there are some."""
+    """Tell how many entries wait in a run's folder for MLflow, if there are some."""
     try:
         count = sum(len(_read(run, f"{FOLDER}/{name}")) for name in _members(run))
     except OSError as error:

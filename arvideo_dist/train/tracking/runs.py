@@ -131,9 +131,8 @@ def _new_run(client: MlflowClient, config: RunConfig, derived: Mapping[str, Any]
         resolved = without_credentials(config.model_dump(mode="json"))
         client.log_text(run_id, yaml.safe_dump(resolved, sort_keys=False), "config.yaml")
         client.log_dict(run_id, dict(derived), "derived.json")
-    except (
-        Exception
-    ) as error:  # nothing is logged in it yet: another one is made, by the next start at the latest
+    except Exception as error:
+        # Nothing is logged in it yet: another one is made, by the next start at the latest.
         if before and refuses(error):  # that start had other parameters
             client.delete_run(run_id)
             return _new_run(client, config, derived, folder)
@@ -205,7 +204,7 @@ def _has_database(uri: str) -> bool:
 def close_run(config: RunConfig, run_id: str, status: str) -> None:
     """Set the final status: FINISHED, FAILED, or KILLED for a run that was asked to end.
 
-    Where MLflow stays away, or refuses, this says so; it is no reason for a run to fail.
+    If MLflow stays away, or refuses, this says so; it is no reason for a run to fail.
     """
     uri, until = tracking_uri(config), time.monotonic() + _CLOSING_S
     while True:
@@ -251,9 +250,9 @@ class Tracker:
     def log(self, step: int, metrics: Mapping[str, float], time_ms: int | None = None) -> None:
         """One point of each metric at `step`, in one transaction; points that exist already are left out.
 
-        `time_ms`: when they were measured, in UNIX time, the same again where the request is repeated; None: now.
+        `time_ms`: when they were measured, in UNIX time, the same again if the request is repeated; None: now.
         """
-        self._before_write()  # before the first look, too: a client makes a database where there is none
+        self._before_write()  # before the first look, too: a client makes a database if there is none
         last = self._last_steps_there()
         new = {key: value for key, value in metrics.items() if step > last.get(key, -1)}
         if not new:
@@ -305,14 +304,14 @@ class Tracker:
         self._client.update_run(self._run_id, status="RUNNING")
 
     def is_active(self) -> bool:
-        """Whether MLflow has the run and lets it be written to; raises where MLflow does not say."""
+        """Whether MLflow has the run and lets it be written to; raises if MLflow does not say."""
         return bool(self._client.get_run(self._run_id).info.lifecycle_stage == "active")
 
 
 def tracker_of(folder: Storage) -> Tracker:
     """Of the MLflow run that a training run's folder names.
 
-    Raises ValueError if it names none, or where the database or server does not have it.
+    Raises ValueError if it names none, or if the database or server does not have it.
     """
     if not folder.exists(RUN_FILE):
         raise ValueError(f"{folder.uri} has no {RUN_FILE}, which names its MLflow run")

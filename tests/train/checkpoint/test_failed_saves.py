@@ -27,7 +27,6 @@ from arvideo_dist.train.checkpoint.saver import Saver
 from arvideo_dist.train.engine.engine import Engine
 from arvideo_dist.train.run.lease import LeaseLostError, acquire
 from arvideo_dist.train.run.stop import RunStoppedError
-from arvideo_dist.train.samples import audit as audit_module
 from arvideo_dist.train.samples.audit import Audit, applied_places
 from arvideo_dist.train.samples.bad_samples import ARTIFACT, BadSamples
 from arvideo_dist.train.tracking.deferred import DeferredWrites
@@ -447,11 +446,12 @@ def _audit_while_the_store_fails(folder: str) -> dict[int, list[int]]:
     opened: list[Any] = [acquire(Storage(folder), 60).guard if dist.get_rank() == 0 else None]
     dist.broadcast_object_list(opened, src=0)
     guard = opened[0]
-    audit = Audit(guard, 0, control)
+    notes = DeferredWrites(guard.storage())
+    audit = Audit(guard, notes, 0, control)
     for step in (1, 2, 3):
         with mock.patch.object(guard, "check", side_effect=OSError("away") if step == 2 else None):
             audit.applied(step, [micro_batch([2 * step + dist.get_rank()])])
-    audit.flush()
+    notes.flush()
     dist.barrier()
     return applied_places(Storage(folder))
 
@@ -464,17 +464,17 @@ def test_lines_of_the_audit_that_the_store_did_not_take_are_written_later(
 
 def test_a_line_that_a_disk_takes_in_part_is_taken_back(tmp_path: Path) -> None:
     """The kernel lets no file of this process grow beyond the limit: half of the second line."""
-    path = tmp_path / "lines"
-    audit_module._append(path, b"first\n")
+    run = Storage(str(tmp_path))
+    run.append("lines", b"first\n")
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (10, hard))
     try:
         with pytest.raises(OSError, match="only a part"):
-            audit_module._append(path, b"second\n")
+            run.append("lines", b"second\n")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    audit_module._append(path, b"second\n")
-    assert path.read_bytes() == b"first\nsecond\n"
+    run.append("lines", b"second\n")
+    assert run.read_bytes("lines") == b"first\nsecond\n"
 
 
 def test_patience_has_an_end_and_takes_a_missing_member_for_an_answer(tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
-"""Any ZeRO stage and world size goes on from any other's checkpoint, on real Ray Train workers.
+"""Any ZeRO stage and world size goes on from any other's checkpoint.
 
 Every layout trains without interruption and saves on the way; then every layout goes on from every other's
-checkpoint. Both take one set of Ray workers for each world size.
+checkpoint. Both take one set of workers for each world size: pretraining's are Ray Train's, fine-tuning's are not.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from typing import Any
 import pytest
 
 from arvideo_dist.storage import Storage
+from tests.train.distributed import run_ranks
+from tests.train.runs import damage, make_data
 
 STOP = 10
 LONG = 50  # steps after the checkpoint
@@ -96,6 +98,10 @@ def test_every_pair_of_stage_and_world_size_goes_on_as_if_nothing_had_been(
         whole |= _fit(tmp_path, world_size, resumed=False)
     for world_size in (1, 2, 3):
         resumed |= _fit(tmp_path, world_size, resumed=True)
+    _compare(whole, resumed)
+
+
+def _compare(whole: dict[str, list[float]], resumed: dict[str, list[float]]) -> None:
     assert len(resumed) == len(LAYOUTS) ** 2
     worst = 0.0
     for target in map(_name, LAYOUTS):
@@ -108,3 +114,45 @@ def test_every_pair_of_stage_and_world_size_goes_on_as_if_nothing_had_been(
             assert off < 1e-5, f"{target} from {source}: {off:.1e}"
             worst = max(worst, off)
     print(f"largest relative difference of a loss over {len(resumed)} pairs: {worst:.1e}")
+
+
+@pytest.mark.slow
+def test_fine_tuning_goes_on_alike_with_the_whole_recipe_on(tmp_path: Path) -> None:
+    """Mixup and cutmix, drop path, dropout, RandAugment, erasing, layer decay, two clips of each video, and a video
+    that cannot be read, over the end of several epochs; compared as pretraining is."""
+    make_data(tmp_path / "data")
+    damage(tmp_path / "data", "train", 1)
+    whole: dict[str, list[float]] = {}
+    resumed: dict[str, list[float]] = {}
+    for world_size in (1, 2, 3):
+        whole |= run_ranks(world_size, _finetune, str(tmp_path), False)[0]
+    for world_size in (1, 2, 3):
+        resumed |= run_ranks(world_size, _finetune, str(tmp_path), True)[0]
+    _compare(whole, resumed)
+
+
+def _finetune(folder: str, resume: bool) -> dict[str, list[float]]:
+    import torch.distributed as dist
+
+    from tests.train.distributed import make_saver
+    from tests.train.keyed import train_steps
+    from tests.train.keyed_finetuning import Finetuning
+
+    task, world_size, end = Finetuning(f"{folder}/data"), dist.get_world_size(), STOP + LONG
+    of_task: dict[str, Any] = {"batches_of": task.batches_of_rank, "state_of": task.state_at}
+    losses = {}
+    for stage in range(4):
+        target = _name((world_size, stage))
+        if not resume:
+            engine = task.new_engine(task.new_model(), stage)
+            saver = make_saver(Storage(f"{folder}/{target}"), engine)
+            losses[target] = train_steps(
+                engine, 0, end, end, saver, save_after=lambda step: step == STOP, **of_task
+            )
+            saver.finish()
+            continue
+        for source in LAYOUTS:
+            engine, first = task.resumed_engine(Storage(f"{folder}/{_name(source)}"), stage)
+            assert first == STOP
+            losses[f"{target}<-{_name(source)}"] = train_steps(engine, first, end, end, **of_task)
+    return losses

@@ -20,6 +20,7 @@ from arvideo_dist.storage import Storage
 from arvideo_dist.train.run import lease as lease_module
 from arvideo_dist.train.run.lease import FOLDER, Guard, Lease, LeaseHeldError, LeaseLostError, acquire
 from arvideo_dist.train.run.stop import RunInterruptedError
+from arvideo_dist.train.tracking.deferred import DeferredWrites
 from tests.services.s3 import S3
 
 HOLD = """
@@ -125,6 +126,12 @@ def test_nothing_is_written_or_deleted_under_an_older_generation(run: Storage, t
     with acquire(run, lease_s=600) as first:
         mine = pickle.loads(pickle.dumps(first.guard)).storage()
         mine.write_bytes("result.json", b"first")
+
+        def append() -> None:
+            deferred = DeferredWrites(mine)
+            deferred.append("lines.jsonl", b"line\n")
+            deferred.flush()
+
         with acquire_released(run):
             local = tmp_path / "part"
             local.write_bytes(b"part")
@@ -132,11 +139,13 @@ def test_nothing_is_written_or_deleted_under_an_older_generation(run: Storage, t
                 lambda: mine.write_bytes("result.json", b"old"),
                 lambda: mine.put_file(local, "part"),
                 lambda: mine.delete("result.json"),
+                append,
             ):
                 with pytest.raises(LeaseLostError, match="taken over by process"):
                     change()
         assert run.read_bytes("result.json") == b"first"
         assert not run.exists("part")
+        assert not [name for name in run.names() if name.startswith("lines")]
 
 
 def acquire_released(run: Storage) -> Lease:

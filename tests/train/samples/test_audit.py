@@ -13,6 +13,7 @@ from arvideo_dist.data.order import places_of_rank
 from arvideo_dist.storage import Storage
 from arvideo_dist.train.run.lease import Guard, acquire
 from arvideo_dist.train.samples.audit import Audit, applied_places
+from arvideo_dist.train.tracking.deferred import DeferredWrites
 from tests.train.distributed import run_ranks
 
 GLOBAL_BATCH, MICRO_BATCH = 10, 2
@@ -22,8 +23,10 @@ def _attempt(guard: Guard, first: int, last: int, remote: bool) -> None:
     """Apply steps `first` + 1 to `last`; `remote`: as on storage that cannot append, flushed at every third."""
     control = dist.group.WORLD
     assert control is not None
-    audit = Audit(guard, first, control)
-    audit._run.is_local = not remote
+    storage = guard.storage()
+    storage.is_local = not remote
+    notes = DeferredWrites(storage)
+    audit = Audit(guard, notes, first, control)
     rank, world_size = dist.get_rank(), dist.get_world_size()
     for step in range(first + 1, last + 1):
         micro = places_of_rank((step - 1) * GLOBAL_BATCH, GLOBAL_BATCH, MICRO_BATCH, rank, world_size)
@@ -31,7 +34,7 @@ def _attempt(guard: Guard, first: int, last: int, remote: bool) -> None:
         batches = [Batch(nothing, {}, nothing, torch.tensor(places), []) for places in micro]
         audit.applied(step, batches)
         if step % 3 == 0:
-            audit.flush()
+            notes.flush()
 
 
 def test_steps_lost_with_their_workers_do_not_count_and_every_place_counts_once(tmp_path: Path) -> None:
@@ -69,7 +72,7 @@ def _attempts_after_a_gap(guard: Guard) -> None:
     assert control is not None
     folder = f"{guard.storage().path('audit')}/{guard.generation:08d}"
     Path(f"{folder}-0003").mkdir(parents=True)  # of 1 and 2 the storage took nothing
-    audit = Audit(guard, 4, control)
+    audit = Audit(guard, DeferredWrites(guard.storage()), 4, control)
     audit.go_back(2)
     assert json.loads(Path(f"{folder}-0004/start.json").read_text())["start_step"] == 4
     assert json.loads(Path(f"{folder}-0005/start.json").read_text())["start_step"] == 2

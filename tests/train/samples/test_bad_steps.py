@@ -39,7 +39,7 @@ from arvideo_dist.train.engine.engine import Engine
 from arvideo_dist.train.run.lease import Guard, acquire
 from arvideo_dist.train.run.stop import Interruption, RunStoppedError
 from arvideo_dist.train.run.watch import Watch
-from arvideo_dist.train.samples.audit import Audit, applied_places
+from arvideo_dist.train.samples.audit import applied_places
 from arvideo_dist.train.samples.bad_steps import ROLLBACKS_TAG, BadSteps
 from arvideo_dist.train.tracking import runs as tracking
 from arvideo_dist.train.tracking.deferred import DeferredWrites
@@ -50,7 +50,7 @@ from tests.train.distributed import make_saver, run_ranks
 from tests.train.engines import engine_of
 from tests.train.keyed import DECODER, GLOBAL_BATCH, MICRO_BATCH, MODEL, new_model, train_steps
 from tests.train.poison import poisoned
-from tests.train.runs import PretrainProcess, history, make_data, write_config
+from tests.train.runs import PretrainProcess, history, run_arguments, runs_folder
 
 
 @contextlib.contextmanager
@@ -164,9 +164,8 @@ class Case:
     suppressed: tuple[int, ...] = ()
     crash_at: int | None = None  # the forward pass of this place fails once, and the run is started again
     audit_waits: bool = False  # the storage takes nothing of the audit but while a save is written
-    leave_after: tuple[
-        int, ...
-    ] = ()  # at each of these steps the run is told to leave, and then started again
+    # At each of these steps the run is told to leave, and then started again.
+    leave_after: tuple[int, ...] = ()
     keep_last: int = 9
     options: tuple[tuple[str, Any], ...] = ()
 
@@ -311,14 +310,15 @@ def _crashing(places: list[int]) -> Iterator[None]:
 @contextlib.contextmanager
 def _audit_waits() -> Iterator[None]:
     """The step loop's own thread finds a full disk on every rank."""
-    original = Audit.flush
+    original = DeferredWrites._write
 
-    def flush(self: Audit) -> None:
-        if threading.current_thread() is threading.main_thread():
+    def write(self: DeferredWrites) -> None:
+        of_audit = any(name.startswith("audit/") for name in self._waiting)
+        if of_audit and threading.current_thread() is threading.main_thread():
             raise OSError("No space left on device")
         original(self)
 
-    with mock.patch.object(Audit, "flush", flush):
+    with mock.patch.object(DeferredWrites, "_write", write):
         yield
 
 
@@ -543,12 +543,7 @@ def test_pretrain_on_ray_goes_back_and_ends_with_the_list(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Three steps in a row are poisoned in the workers, which find the poison by PYTHONPATH."""
-    make_data(tmp_path / "data")
-    config = write_config(
-        tmp_path / "config.yaml",
-        run={"name": "poisoned", "storage_path": str(tmp_path / "runs"), "checkpoint_every_steps": 4},
-        data={"stride": 2, "workers": 1, "path": str(tmp_path / "data")},
-    )
+    runs_folder(tmp_path)
     path = [
         str(ROOT / "tests/train/poisoned_workers"),
         str(ROOT),
@@ -556,7 +551,7 @@ def test_pretrain_on_ray_goes_back_and_ends_with_the_list(
     ]
     monkeypatch.setenv("PYTHONPATH", ":".join(filter(None, path)))
     monkeypatch.setenv("TEST_POISONED_PLACES", json.dumps({16 * step + 13: "nan" for step in (5, 6, 7)}))
-    process = PretrainProcess(["--config", str(config)])
+    process = PretrainProcess(run_arguments(tmp_path, "poisoned"))
     assert process.finish() == 0, process.output
     assert "what steps 5 to 8 learned is given up" in process.output
     rows = pq.read_table(tmp_path / "runs/poisoned/bad_steps").to_pylist()
