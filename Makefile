@@ -3,7 +3,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 
-DEMO_CLIPS := --width 64 --height 64 --frames 32
+DEMO_VIDEOS := $(BIN)/python -m data_prep synthetic --out build/demo-data --plain --width 64 --height 64 --frames 32
+DEMO_FINETUNE := $(BIN)/python -m arvideo_dist.finetune --config jobs/demo-finetune.yaml
+DEMO_VIEWS := --views 1x1 --evaluation.videos_per_batch 16 --cluster.workers 2 --cluster.device cpu --data.workers 1
 
 .PHONY: setup demo test test-slow test-faults check format clean
 
@@ -18,9 +20,15 @@ $(VENV)/.complete: pyproject.toml constraints.txt
 	@touch $@
 
 demo: setup
-	$(BIN)/python -m data_prep synthetic --out build/demo-data --split train --num-videos 384 --seed 1 $(DEMO_CLIPS)
-	$(BIN)/python -m data_prep synthetic --out build/demo-data --split val --num-videos 64 --seed 2 $(DEMO_CLIPS)
+	$(DEMO_VIDEOS) --split train --num-videos 1536 --seed 1
+	$(DEMO_VIDEOS) --split labelled --num-videos 192 --seed 2
+	$(DEMO_VIDEOS) --split val --num-videos 480 --seed 3
 	$(BIN)/python -m arvideo_dist.pretrain --config jobs/demo.yaml
+	$(DEMO_FINETUNE) --run.name demo-pretrained --init-from runs/demo
+	$(DEMO_FINETUNE) --run.name demo-scratch --init-from none
+	$(BIN)/python -m arvideo_dist.evaluate runs/demo-pretrained $(DEMO_VIEWS)
+	$(BIN)/python -m arvideo_dist.evaluate runs/demo-scratch $(DEMO_VIEWS)
+	$(BIN)/python jobs/compare.py runs/demo-pretrained runs/demo-scratch
 
 test: setup
 	$(BIN)/pytest -m "not slow" --numprocesses 2 --dist loadfile --no-loadscope-reorder

@@ -70,7 +70,8 @@ def _take_over(trained: FinetuneConfig, given: dict[str, dict[str, Any]]) -> Non
     data.setdefault("sampling", own.sampling)
     if data["sampling"] == own.sampling == "window":
         data.setdefault("stride", own.stride)
-    given["tracking"].setdefault("uri", tracking_uri(trained))
+    if "uri" not in given["tracking"]:
+        given["tracking"]["uri"] = tracking_uri(trained)
     given["tracking"].setdefault("experiment", trained.tracking.experiment)
 
 

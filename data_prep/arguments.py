@@ -87,6 +87,9 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--height", type=int, default=96, help="pixels (default: 96)")
     made.add_argument("--frames", type=int, default=40, help="pictures a clip (default: 40)")
     made.add_argument("--fps", type=int, default=25, help="pictures a second (default: 25)")
+    made.add_argument(
+        "--plain", action="store_true", help="grey behind all scenes, in place of a colour field"
+    )
 
     def annotated(
         name: str, text: str, what: str, read: Callable[[Arguments], Inputs]
@@ -175,6 +178,8 @@ def _synthetic_inputs(arguments: Arguments) -> Inputs:
     if arguments.width % 2 or arguments.height % 2:
         raise UserError(f"--width {arguments.width} --height {arguments.height}: both must be even")
     shape = {name: getattr(arguments, name) for name in ("width", "height", "frames", "fps")}
+    if arguments.plain:  # named only then, so that a data set from before the flag goes on
+        shape["plain"] = True
 
     def item(index: int) -> Item:
         clip = synthetic.Clip(arguments.seed, arguments.split, index, **shape)

@@ -48,6 +48,7 @@ class Clip:
     height: int = 96
     frames: int = 40
     fps: int = 25
+    plain: bool = False  # all scenes before the same grey, in place of a colour field
 
     @property
     def label(self) -> int:
@@ -68,7 +69,10 @@ def render(clip: Clip) -> NDArray[np.uint8]:
     """The clip's pictures [frames, height, width, 3], RGB."""
     # The draw must not know which one of a pair is rendered, nor how many clips there are.
     draw = np.random.default_rng([clip.seed, zlib.crc32(clip.split.encode()), clip.index])
-    return render_scene(draw_scene(draw), clip.label, clip.width, clip.height, clip.frames)
+    scene = draw_scene(draw)
+    if clip.plain:
+        scene |= {"field": np.full(3, 0.5), "waves": []}
+    return render_scene(scene, clip.label, clip.width, clip.height, clip.frames)
 
 
 def draw_scene(draw: np.random.Generator) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 from arvideo_dist.config.data import TrainDataConfig
 from arvideo_dist.config.section import Triple
-from arvideo_dist.model.interchange import WEIGHTS_ENDINGS, read_encoder
+from arvideo_dist.model.interchange import is_weights_file, read_encoder
 from arvideo_dist.model.layouts import load_encoder
 from arvideo_dist.model.vit import ENCODER_SIZES, Encoder
 from arvideo_dist.storage import Storage
@@ -38,7 +38,7 @@ def open_encoders(sources: Sequence[str]) -> list[OpenedEncoder]:
     file of weights in one of the layouts that `model.init_from` takes. Such a file does not say what clips it
     is for; it takes those of the other sources. Raises ValueError.
     """
-    opened = {source: _open(source) for source in sources if not source.endswith(WEIGHTS_ENDINGS)}
+    opened = {source: _open(source) for source in sources if not is_weights_file(source)}
     clips = {encoder.clip for encoder in opened.values()}
     if len(clips) > 1:
         raise ValueError(f"the encoders take other clips: {_listed(opened, 'clip')} (frames, pixels)")

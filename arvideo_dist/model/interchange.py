@@ -21,7 +21,7 @@ from arvideo_dist.model.classifier import Classifier
 from arvideo_dist.model.layouts import load_encoder, to_classifier, to_encoder, to_transformers
 from arvideo_dist.model.pretraining import IMAGENET_MEAN, IMAGENET_STD
 from arvideo_dist.model.vit import ENCODER_SIZES, NORM_EPS, Encoder
-from arvideo_dist.storage import Storage, shown
+from arvideo_dist.storage import Storage, lasts, shown
 
 Format = Literal["hf", "safetensors", "torch"]
 WEIGHTS_ENDINGS = (".safetensors", ".pth", ".pt", ".bin")
@@ -106,30 +106,42 @@ def read_encoder(source: str) -> dict[str, torch.Tensor]:
     """VideoMAE encoder weights at `source`, under our names.
 
     `source`: a folder of `transformers`, or a .safetensors, .pth, .pt or .bin file, local or in object
-    storage. Raises ValueError if there is none.
+    storage. Raises ValueError if there is none, OSError if the store does not answer.
     """
     try:
         return to_encoder(_read(source))
     except (OSError, SafetensorError, RuntimeError) as error:
+        if isinstance(error, OSError) and not lasts(error):
+            raise  # a store that does not answer says nothing of the weights
         raise ValueError(str(error)) from error
 
 
 def read_classifier_weights(source: str) -> dict[str, torch.Tensor]:
     """A classifier's weights at `source` (as for `read_encoder`) by the names of `model.classifier.Classifier`.
 
-    Raises ValueError if there are none.
+    Raises ValueError if there are none, OSError if the store does not answer.
     """
     try:
         weights = _read(source)
         return to_classifier(weights)
     except (OSError, SafetensorError, RuntimeError) as error:
+        if isinstance(error, OSError) and not lasts(error):
+            raise  # a store that does not answer says nothing of the weights
         raise ValueError(str(error)) from error
 
 
+def is_weights_file(source: str) -> bool:
+    """Whether `source` names a file of weights; an address in object storage may carry options after it."""
+    path = source.partition("?")[0] if "://" in source else source
+    return path.endswith(WEIGHTS_ENDINGS)
+
+
 def _read(source: str) -> dict[str, torch.Tensor]:
-    folder, _, name = source.rstrip("/").rpartition("/")
-    store, names = Storage(folder or "."), [name]
-    if not name.endswith(WEIGHTS_ENDINGS):
+    if is_weights_file(source):
+        path, mark, options = source.partition("?") if "://" in source else (source, "", "")
+        folder, _, name = path.rpartition("/")
+        store, names = Storage(f"{folder or '.'}{mark}{options}"), [name]
+    else:
         store = Storage(source)
         names = [member for member in _WEIGHTS_IN_FOLDER if store.exists(member)]
         if not names:

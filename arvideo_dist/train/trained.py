@@ -13,7 +13,7 @@ from arvideo_dist.config.commands import ROOTS, FinetuneConfig, PretrainConfig, 
 from arvideo_dist.config.finetuning import ClassifierConfig
 from arvideo_dist.config.model import DecoderConfig
 from arvideo_dist.model.classifier import Classifier
-from arvideo_dist.model.interchange import WEIGHTS_ENDINGS, read_classifier_weights, read_encoder
+from arvideo_dist.model.interchange import is_weights_file, read_classifier_weights, read_encoder
 from arvideo_dist.model.kinds import build_model
 from arvideo_dist.model.pretraining import PretrainingModel
 from arvideo_dist.model.vit import ENCODER_SIZES, Encoder
@@ -162,7 +162,7 @@ def geometry_of(source: str) -> dict[str, Any]:
     if not is_file_or_folder_of_weights(source):
         model = open_state(source).config.model
         return {name: getattr(model, name) for name in ("encoder", "frames", "image_size", "tubelet")}
-    if source.endswith(WEIGHTS_ENDINGS) or not (folder := Storage(source)).exists("config.json"):
+    if is_weights_file(source) or not (folder := Storage(source)).exists("config.json"):
         return {}
     config = json.loads(folder.read_bytes("config.json"))
     size = (config["hidden_size"], config["num_hidden_layers"], config["num_attention_heads"])
@@ -178,7 +178,7 @@ def geometry_of(source: str) -> dict[str, Any]:
 
 def is_file_or_folder_of_weights(source: str) -> bool:
     """Whether `source` is not a run or one of its checkpoints, by what stands there."""
-    if source.endswith(WEIGHTS_ENDINGS):
+    if is_weights_file(source):
         return True
     above, _, name = source.partition("?")[0].rstrip("/").rpartition("/")
     if above.endswith(FOLDER) and name.startswith("step-"):

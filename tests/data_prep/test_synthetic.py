@@ -66,3 +66,16 @@ def test_every_class_moves_and_backgrounds_are_smooth() -> None:
         # All but the sprites' edges: neighbouring pixels differ by a few grey levels at most.
         steps = np.abs(np.diff(pictures, axis=2))
         assert np.quantile(steps, 0.9) <= 4, CLASSES[label]
+
+
+def test_a_plain_clip_is_the_same_scene_before_grey() -> None:
+    """Same motion, same sprite; what is no sprite is 127 or 128 in all clips."""
+    for index in range(8):  # without the occluder's classes
+        coloured = render(Clip(seed=3, split="train", index=index))
+        plain = render(Clip(seed=3, split="train", index=index, plain=True))
+        same = (coloured == plain).all(axis=-1)
+        grey = np.isin(plain, (127, 128)).all(axis=-1)
+        assert same.any(axis=(1, 2)).all(), CLASSES[index]
+        assert 0.5 < grey.mean() < 1
+        # Neither: edges, which are a mixture of both.
+        assert (~same & ~grey).mean() < 0.05

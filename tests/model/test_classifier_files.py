@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +12,12 @@ from transformers import VideoMAEForVideoClassification
 
 from arvideo_dist.config.finetuning import ClassifierConfig
 from arvideo_dist.model.classifier import Classifier
-from arvideo_dist.model.interchange import export_classifier, export_encoder, read_classifier_weights
+from arvideo_dist.model.interchange import (
+    export_classifier,
+    export_encoder,
+    read_classifier_weights,
+    read_encoder,
+)
 from arvideo_dist.model.vit import ENCODER_SIZES, Encoder
 from arvideo_dist.storage import Storage
 from arvideo_dist.train.trained import classifier_of, geometry_of, read_classifier, read_weights
@@ -63,3 +70,19 @@ def test_an_encoder_alone_is_no_classifier(classifier: Classifier, tmp_path: Pat
         read_classifier_weights(str(tmp_path))
     with pytest.raises(ValueError, match="holds no classifier"):
         classifier_of(str(tmp_path))
+
+
+@pytest.mark.parametrize("read", [read_encoder, read_classifier_weights])
+def test_a_store_that_does_not_answer_is_no_fault_of_the_weights(
+    read: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that a run is started again for it, while weights that are not there stop it."""
+
+    def exists(self: Storage, name: str = "") -> bool:
+        raise OSError("AWS Error NETWORK_CONNECTION")
+
+    with pytest.raises(ValueError, match="no such file"):
+        read("absent.pth")
+    monkeypatch.setattr(Storage, "exists", exists)
+    with pytest.raises(OSError, match="NETWORK_CONNECTION"):
+        read("absent.pth")
