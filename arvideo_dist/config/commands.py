@@ -18,6 +18,7 @@ from arvideo_dist.config.finetuning import (
     FinetuneRunSection,
     FinetuneTrainConfig,
 )
+from arvideo_dist.config.measure import MeasureSection
 from arvideo_dist.config.model import DecoderConfig, EncoderConfig, ModelConfig
 from arvideo_dist.config.optim import OptimConfig, TrainConfig, ValidationConfig, resolve_precision
 from arvideo_dist.config.run import ClusterConfig, RunConfigSection, TrackingConfig
@@ -68,6 +69,7 @@ class PretrainConfig(TrainingConfig):
     data: PretrainDataConfig = Field(default_factory=PretrainDataConfig)
     model: ModelConfig = Field(default_factory=ModelConfig)
     decoder: DecoderConfig = Field(default_factory=DecoderConfig)
+    measure: MeasureSection = Field(default_factory=MeasureSection)
 
     @model_validator(mode="after")
     def _check_decoder_of_kind(self) -> PretrainConfig:

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from arvideo_dist.config.data import DataConfig, MixedData, PretrainDataConfig, TrainDataConfig
+from arvideo_dist.config.measure import MeasureSection
 from arvideo_dist.data.index import load_manifest
 from arvideo_dist.data.loader import ClipSource, LoaderOptions
 from arvideo_dist.data.transforms import MultiScaleCrop
@@ -41,6 +42,17 @@ def validation_source(data: TrainDataConfig) -> ClipSource | None:
         return None
     storage, _ = data_sets(data)[0]
     return ClipSource(storage, data.val_split, data.stride, sampling=data.sampling)
+
+
+def labelled_sources(data: TrainDataConfig, measure: MeasureSection) -> tuple[ClipSource, ClipSource]:
+    """The splits that features are measured on: the middle of each video, centre crop. Raises ValueError as
+    `data_sets` does."""
+    storage = data_sets(data)[0][0] if measure.path is None else Storage(measure.path)
+    train, held_out = (
+        ClipSource(storage, split, data.stride, sampling=data.sampling)
+        for split in (measure.split_train, measure.split_val)
+    )
+    return train, held_out
 
 
 def clips_per_epoch(data: TrainDataConfig) -> int:

@@ -8,7 +8,7 @@ from typing import Any, overload
 
 from pydantic import ValidationError
 
-from arvideo_dist.config.commands import EvaluateConfig, RunConfig, TrainingConfig
+from arvideo_dist.config.commands import EvaluateConfig, PretrainConfig, RunConfig, TrainingConfig
 from arvideo_dist.config.data import PretrainDataConfig
 from arvideo_dist.config.folder import run_folder
 from arvideo_dist.config.settings import Root
@@ -73,7 +73,11 @@ def with_absolute_paths(config: Root) -> Root:
     model = config.model
     if model.init_from is not None:
         model = model.model_copy(update={"init_from": Storage(model.init_from).address})
-    return config.model_copy(update={"run": run, "data": data, "model": model})
+    settled = config.model_copy(update={"run": run, "data": data, "model": model})
+    if isinstance(settled, PretrainConfig) and settled.measure.path is not None:
+        measure = settled.measure.model_copy(update={"path": Storage(settled.measure.path).address})
+        settled = settled.model_copy(update={"measure": measure})
+    return settled
 
 
 def check_initial_weights(config: RunConfig) -> None:

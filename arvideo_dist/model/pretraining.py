@@ -66,16 +66,19 @@ class PretrainingModel(nn.Module, ABC):
     def forward(
         self,
         clips_bcthw: torch.Tensor,
-        context_ids_bn: torch.Tensor,
-        target_ids_bm: torch.Tensor,
+        context_ids_bn: torch.Tensor | None = None,
+        target_ids_bm: torch.Tensor | None = None,
         context_clips_bcthw: torch.Tensor | None = None,
-    ) -> Output:
-        """Loss and predictions of uint8 clips [B, 3, T, H, W].
+    ) -> Output | torch.Tensor:
+        """Loss and predictions of uint8 clips [B, 3, T, H, W]; without token ids their features (`features`).
 
+        (Both by one call, since it is the module's call around which ZeRO-3 gathers weights.)
         `context_ids_bn`, `target_ids_bm`: token ids as the method's `sequences` draw them.
         `context_clips_bcthw`: clips that the encoder sees in place of the ones to be predicted; a model that
         uses its context does worse with them.
         """
+        if context_ids_bn is None or target_ids_bm is None:
+            return self.features(clips_bcthw)
         cubes_blp = to_cubes(clips_bcthw, self.tubelet)
         seen_blp = cubes_blp if context_clips_bcthw is None else to_cubes(context_clips_bcthw, self.tubelet)
         seen_bnp = self._normalise(gather_tokens(seen_blp, context_ids_bn))
@@ -83,6 +86,11 @@ class PretrainingModel(nn.Module, ABC):
         targets_bmp = cube_targets(gather_tokens(cubes_blp, target_ids_bm), self.target_norm)
         loss_b = (predictions_bmp.float() - targets_bmp).square().mean(dim=(1, 2))
         return Output(loss_b, predictions_bmp, targets_bmp)
+
+    def features(self, clips_bcthw: torch.Tensor) -> torch.Tensor:
+        """The mean [B, D] over all tokens of what the encoder makes of uint8 clips [B, 3, T, H, W], as downstream:
+        nothing is dropped and every token sees every other."""
+        return self.encoder(self._normalise(to_cubes(clips_bcthw, self.tubelet))).mean(dim=1)
 
     def _normalise(self, cubes_bnp: torch.Tensor) -> torch.Tensor:
         return normalise_pixels(cubes_bnp, self.pixel_mean, self.pixel_std)

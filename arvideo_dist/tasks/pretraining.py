@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from arvideo_dist.config.commands import PretrainConfig
-from arvideo_dist.config.sources import pretraining_sources, validation_source
+from arvideo_dist.config.sources import labelled_sources, pretraining_sources, validation_source
+from arvideo_dist.data.index import load_manifest
 from arvideo_dist.data.loader import Batch, ClipSource
 from arvideo_dist.model.clusters import Clusters
 from arvideo_dist.model.interchange import fill_encoder
@@ -24,6 +25,7 @@ from arvideo_dist.tasks.task import (
     Forward,
     Measured,
     ParameterGroup,
+    Probed,
     ReadWeights,
     Task,
     decay_matrices,
@@ -70,6 +72,26 @@ class Pretraining(Task[PretrainConfig]):
 
     def validation_source(self) -> ClipSource | None:
         return validation_source(self.config.data)
+
+    def probed(self) -> Probed | None:
+        measure = self.config.measure
+        if measure.every_steps is None:
+            return None
+        return Probed(measure, *labelled_sources(self.config.data, measure))
+
+    def features(self, forward: Forward, batch: Batch) -> torch.Tensor:
+        features_bd: torch.Tensor = forward(batch.clips)
+        return features_bd
+
+    def settled(self) -> PretrainConfig:
+        probed = self.probed()
+        for source in (probed.train, probed.held_out) if probed else ():
+            if not load_manifest(source.storage, source.split).labels:
+                raise ValueError(
+                    f"split {source.split!r} at {source.storage.uri} has no labels, which measure.every_steps "
+                    "wants: set measure.path to a labelled data set, or measure.every_steps to null"
+                )
+        return self.config
 
     def loss(self, forward: Forward, batch: Batch) -> torch.Tensor:
         return pretraining_loss(forward, batch)

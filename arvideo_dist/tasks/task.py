@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from arvideo_dist.config.commands import TrainingConfig
+from arvideo_dist.config.measure import MeasureSection
 
 if TYPE_CHECKING:  # the loader wants packages that a bare GPU machine does not have (benchmarks/gpu_check.py)
     from arvideo_dist.data.index import DatasetIndex
@@ -54,6 +55,15 @@ class Costs:
     decoder_queries: int = 0
     clusters: int | None = None  # None for a method without clusters
     kept_tokens_per_cluster: int | None = None
+
+
+@dataclass(frozen=True)
+class Probed:
+    """On which labelled splits features are measured, one clip a video, and how."""
+
+    options: MeasureSection
+    train: ClipSource
+    held_out: ClipSource
 
 
 @dataclass
@@ -124,6 +134,14 @@ class Task(ABC, Generic[Config]):
     @abstractmethod
     def validation_source(self) -> ClipSource | None:
         """The held-out split, None if there is none."""
+
+    def probed(self) -> Probed | None:
+        """What the features are measured on while the task trains; None if they are not."""
+        return None
+
+    def features(self, forward: Forward, batch: Batch) -> torch.Tensor:
+        """The features [B, D] of a batch's clips, of a task that has `probed`."""
+        raise NotImplementedError
 
     @abstractmethod
     def loss(self, forward: Forward, batch: Batch) -> torch.Tensor:

@@ -30,6 +30,7 @@ from arvideo_dist.train.engine.schedule import Plan, plan_of
 from arvideo_dist.train.evaluation import Validator
 from arvideo_dist.train.health.activity import activity
 from arvideo_dist.train.loop import Training
+from arvideo_dist.train.measuring import FeatureMeasures
 from arvideo_dist.train.parts import Parts, State
 from arvideo_dist.train.record import Recorder
 from arvideo_dist.train.run import changes
@@ -121,6 +122,10 @@ def compose(
     bad_steps.restore(kept.get("bad_steps"))
     recorder = Recorder(device, control)
     recorder.spikes.restore(kept.get("spikes", {}))
+    features = None
+    if (probed := task.probed()) is not None:
+        features = FeatureMeasures(probed, task, engine, control, bad, tracker, say)
+        features.untrained = dict(kept.get("untrained_features", {}))
     audit = Audit(assignment.lease, notes, step, control) if config.run.audit else None
     parts = Parts(
         train=config.train,
@@ -136,6 +141,7 @@ def compose(
         recorder=recorder,
         audit=audit,
         tracker=tracker,
+        features=features,
         measure=Validator(task, engine, control, bad, notes, tracker, say),
         best_metric=task.best_metric,
         constants={

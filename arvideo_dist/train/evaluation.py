@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from arvideo_dist.config.commands import TrainingConfig
 from arvideo_dist.config.sources import validation_options
 from arvideo_dist.data.index import load_manifest
-from arvideo_dist.data.loader import BadRecord, Batch, ClipLoader, ClipSource
+from arvideo_dist.data.loader import BadRecord, Batch, ClipLoader, ClipSource, Draw
 from arvideo_dist.tasks.picture import png
 from arvideo_dist.tasks.task import Task
 from arvideo_dist.train.engine.engine import Engine
@@ -90,7 +90,10 @@ class Validator:
         clips = min(
             load_manifest(source.storage, source.split).samples, self._task.config.validation.max_clips
         )
-        result = validate(self._engine, self._task, self._loader(source, clips), self._control)
+        loader = held_out_loader(
+            self._task.config, self._engine.device, source, clips, self._task.draw_of_validation()
+        )
+        result = validate(self._engine, self._task, loader, self._control)
         activity.alone("writes the validation")
         if self._tracker is not None:
             self._tracker.log(step, result.metrics)
@@ -103,24 +106,27 @@ class Validator:
         self._bad.validated(result.bad, clips)
         return result.metrics
 
-    def _loader(self, source: ClipSource, clips: int) -> ClipLoader:
-        config: TrainingConfig = self._task.config
-        return ClipLoader(
-            [source],
-            clip_frames=config.model.frames,
-            image_size=config.model.image_size,
-            draw=self._task.draw_of_validation(),
-            seed=config.run.seed,
-            position=0,
-            global_batch=config.train.micro_batch * dist.get_world_size(),
-            micro_batch=config.train.micro_batch,
-            rank=dist.get_rank(),
-            world_size=dist.get_world_size(),
-            workers=min(config.data.workers, 2),
-            stop_position=clips,
-            shuffle=False,
-            options=validation_options(config.data, pin_memory=self._engine.device.type == "cuda"),
-        )
+
+def held_out_loader(
+    config: TrainingConfig, device: torch.device, source: ClipSource, clips: int, draw: Draw
+) -> ClipLoader:
+    """The first `clips` videos of a split, one clip of each, in batches cut alike whatever the number of ranks."""
+    return ClipLoader(
+        [source],
+        clip_frames=config.model.frames,
+        image_size=config.model.image_size,
+        draw=draw,
+        seed=config.run.seed,
+        position=0,
+        global_batch=config.train.micro_batch * dist.get_world_size(),
+        micro_batch=config.train.micro_batch,
+        rank=dist.get_rank(),
+        world_size=dist.get_world_size(),
+        workers=min(config.data.workers, 2),
+        stop_position=clips,
+        shuffle=False,
+        options=validation_options(config.data, pin_memory=device.type == "cuda"),
+    )
 
 
 def _add_over_ranks(sums: dict[str, torch.Tensor], control: dist.ProcessGroup) -> dict[str, torch.Tensor]:

@@ -54,6 +54,8 @@ class Training:
                 self._record(loss_sum, rate, update, facts)
             if self._is_due(parts.validation.every_steps):
                 self._validate()
+            if parts.features is not None and self._is_due(parts.features.every_steps):
+                self._measure(parts.features)
             self._save_if_due(facts)
         if interruption is not None and state.step > state.saved_at:
             self._save()
@@ -139,17 +141,22 @@ class Training:
 
     def _validate(self) -> None:
         state = self.state
+        self._measure(self.parts.measure)
+        value = state.metrics.get(self.parts.best_metric or "")
+        if value is not None and (state.best is None or value > state.best["value"]):
+            state.best, state.save_owed = {"step": state.step, "value": value}, True
+
+    def _measure(self, measure: Callable[[int], dict[str, float]]) -> None:
+        """Take over what `measure` finds of the weights as they are."""
+        state = self.state
         try:
-            state.metrics |= self.parts.measure(state.step)
+            state.metrics |= measure(state.step)
         except RunStoppedError:  # on all ranks; what was learned is none of its fault
             self._save()
             with contextlib.suppress(CheckpointError):
                 self.parts.saver.finish()
             raise
         self.parts.recorder.meter.reset()
-        value = state.metrics.get(self.parts.best_metric or "")
-        if value is not None and (state.best is None or value > state.best["value"]):
-            state.best, state.save_owed = {"step": state.step, "value": value}, True
 
     def _save_if_due(self, facts: StepFacts) -> None:
         state = self.state
@@ -177,5 +184,6 @@ class Training:
             "failed_saves": parts.saver.failures_in_all,
             "metrics": state.metrics,
             "best": state.best,
+            "untrained_features": parts.features.untrained if parts.features is not None else {},
         }
         parts.saver.request(state.step, content)

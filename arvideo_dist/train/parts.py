@@ -13,6 +13,7 @@ from arvideo_dist.data.loader import ClipLoader
 from arvideo_dist.train.checkpoint.saver import Saver
 from arvideo_dist.train.engine.engine import Engine
 from arvideo_dist.train.engine.schedule import Plan
+from arvideo_dist.train.measuring import FeatureMeasures
 from arvideo_dist.train.record import Recorder
 from arvideo_dist.train.run.watch import Watch
 from arvideo_dist.train.samples.audit import Audit
@@ -57,6 +58,7 @@ class Parts:
     tracker: QueuedTracker | None  # on rank 0
     # The held-out split's metrics after a step, logged; collective.
     measure: Callable[[int], dict[str, float]]
+    features: FeatureMeasures | None  # of a pretraining whose features are measured
     constants: dict[str, Any]  # of a checkpoint's state: what does not change while these workers run
     best_metric: str | None  # of the held-out split: the checkpoint of its largest value is kept
     seen: int  # the newest step of which anybody saw a checkpoint when these workers began

@@ -119,8 +119,9 @@ class BadSamples:
         self._list_all(self._samples, unlisted, "bad sample")
         assert self.places == self._places_listed()
 
-    def validated(self, records: list[BadRecord], read: int) -> None:
+    def validated(self, records: list[BadRecord], read: int, setting: str = "data.val_split") -> None:
         """Collective. List the bad samples of a validation, `records` on this rank, of `read` clips on all ranks.
+        `setting`: null there ends such validations.
 
         Raises RunStoppedError, on every rank, if their share is past the same limit as training's.
         """
@@ -132,7 +133,7 @@ class BadSamples:
                 f"{total} bad samples of {read} in the validation are more than data.max_bad_fraction "
                 f"{self._max_fraction} allows ({limit:.0f}); one of them: {last.shard} {last.key} of split "
                 f"{last.split}: {last.reason}. All are listed in {self._run.uri}/{ARTIFACT}. Prepare the split "
-                "again, raise data.max_bad_fraction, or set data.val_split to null"
+                f"again, raise data.max_bad_fraction, or set {setting} to null"
             )
 
     def _list_all(self, listed: _Listed, mine: list[BadRecord], what: str) -> int:
