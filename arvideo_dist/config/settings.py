@@ -107,8 +107,23 @@ def _raise_config_error(message: str) -> NoReturn:
 
 
 def _only_fields(root: type[RunConfig], flags: argparse.Namespace) -> dict[str, Any]:
+    """The fields among the command's flags.
+
+    A flag of a section's own name, which pydantic-settings takes for the whole section, is the shortcut of one of
+    its fields, if the root says so.
+    """
     sections = tuple(f"{name}." for name in root.model_fields)
-    return {key: value for key, value in vars(flags).items() if key.startswith(sections)}
+    fields = {key: value for key, value in vars(flags).items() if key.startswith(sections)}
+    long_names = {short: field for field, short in root.shortcuts.items()}
+    for name in root.model_fields:
+        if (value := getattr(flags, name, None)) is None:
+            continue
+        if name not in long_names:
+            raise ConfigError(
+                f"--{name} {value}: {name} is a section; its fields are set, as in --{name}.FIELD"
+            )
+        fields[long_names[name]] = value
+    return fields
 
 
 def _read_yaml(file: str | None) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from arvideo_dist.config.commands import PretrainConfig
+from arvideo_dist.config.commands import EvaluateConfig, PretrainConfig, RunConfig
 from arvideo_dist.config.settings import ConfigError, read_config
 from arvideo_dist.pretrain import main
 from arvideo_dist.tasks.derived import Derived, derive
@@ -29,6 +29,20 @@ def test_later_sources_win(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert (config.train.steps, config.train.micro_batch, config.train.global_batch) == (3, 2, 4)
     assert config.model.cluster == (4, 7, 7)
     assert config.train.epochs == 800
+
+
+@pytest.mark.parametrize("root", [EvaluateConfig])
+def test_a_short_flag_sets_its_field_also_if_it_has_the_name_of_a_section(root: type[RunConfig]) -> None:
+    config, _ = read_config(root, ["--data", "/videos", "--data.stride", "3", "--views", "2x1"])
+    assert (config.data.path, config.data.stride) == ("/videos", 3)
+    assert config.model_dump()[root.precision_field.partition(".")[0]]["views"] == "2x1"
+
+
+def test_a_whole_section_is_no_flag() -> None:
+    with pytest.raises(
+        ConfigError, match=r"--data x: data is a section; its fields are set, as in --data\.FIELD"
+    ):
+        read_config(PretrainConfig, ["--data", "x"])
 
 
 def test_a_file_changes_fields_of_those_that_it_extends(tmp_path: Path) -> None:
