@@ -11,6 +11,7 @@ from typing import ClassVar, Self
 from pydantic import Field, model_validator
 
 from arvideo_dist.config.data import DataConfig, PretrainDataConfig, TrainDataConfig
+from arvideo_dist.config.embedding import EmbedDataConfig, EmbeddingSection, EmbedRunSection
 from arvideo_dist.config.evaluation import EvaluateDataConfig, EvaluateRunSection, EvaluationSection
 from arvideo_dist.config.finetuning import (
     AugmentConfig,
@@ -148,6 +149,28 @@ class EvaluateConfig(SequenceConfig):
         return self.evaluation
 
 
+class EmbedConfig(SequenceConfig):
+    """Features of videos from a trained encoder."""
+
+    command = "embed"
+    precision_field = "embedding.precision"
+    shortcuts: ClassVar[dict[str, str]] = {
+        "data.path": "data",
+        "data.split": "split",
+        "embedding.views": "views",
+        "embedding.pooling": "pooling",
+        "embedding.format": "format",
+    }
+
+    run: EmbedRunSection = Field(default_factory=EmbedRunSection)
+    data: EmbedDataConfig = Field(default_factory=EmbedDataConfig)
+    embedding: EmbeddingSection = Field(default_factory=EmbeddingSection)
+
+    @property
+    def sequence(self) -> EmbeddingSection:
+        return self.embedding
+
+
 ROOTS: dict[str, type[RunConfig]] = {
-    root.command: root for root in (PretrainConfig, FinetuneConfig, EvaluateConfig)
+    root.command: root for root in (PretrainConfig, FinetuneConfig, EvaluateConfig, EmbedConfig)
 }

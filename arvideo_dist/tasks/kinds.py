@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from arvideo_dist.config.commands import (
+    EmbedConfig,
     EvaluateConfig,
     FinetuneConfig,
     PretrainConfig,
@@ -14,6 +15,7 @@ from arvideo_dist.config.commands import (
     TrainingConfig,
 )
 from arvideo_dist.tasks.classification import Classification
+from arvideo_dist.tasks.embedding import Embedding
 from arvideo_dist.tasks.pretraining import Pretraining
 from arvideo_dist.tasks.scoring import Scoring
 from arvideo_dist.tasks.sequence import SequenceTask
@@ -23,7 +25,10 @@ _TASKS: dict[str, type[Task[Any]]] = {
     PretrainConfig.command: Pretraining,
     FinetuneConfig.command: Classification,
 }
-_SEQUENCES: dict[str, type[SequenceTask[Any]]] = {EvaluateConfig.command: Scoring}
+_SEQUENCES: dict[str, type[SequenceTask[Any]]] = {
+    EvaluateConfig.command: Scoring,
+    EmbedConfig.command: Embedding,
+}
 
 
 def task_of(config: TrainingConfig) -> Task[Any]:

@@ -7,7 +7,7 @@ order of the index. Letters: B views of a micro batch, V views of each video.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Generic, NamedTuple, TypeVar
@@ -102,3 +102,32 @@ def used_places(batch: Batch) -> tuple[NDArray[np.bool_], NDArray[np.int64]]:
     """Which views of a batch on the host could be used [B], and the places of these."""
     used = batch.weights.numpy() > 0
     return used, batch.places.numpy()[used]
+
+
+def in_order(parts: Iterable[pa.Table], rows: int) -> Iterator[pa.Table]:
+    """The rows of `parts` in the order of their places, `rows` at a time, the last ones fewer.
+
+    `parts`: as `SequenceTask.finish` has them. In memory is what overlaps: the rows of one save.
+    """
+    waiting: pa.Table | None = None
+    for part in parts:
+        if not len(part):
+            continue
+        if waiting is not None:
+            # No later part has a place before this one's first.
+            complete = np.searchsorted(waiting["place"].to_numpy(), part["place"][0].as_py())
+            whole = int(complete) // rows * rows
+            yield from (waiting.slice(begin, rows) for begin in range(0, whole, rows))
+            part = _sorted(pa.concat_tables([waiting.slice(whole), part]))
+        waiting = part
+    if waiting is not None:
+        yield from (waiting.slice(begin, rows) for begin in range(0, len(waiting), rows))
+
+
+def _sorted(rows: pa.Table) -> pa.Table:
+    places = rows["place"].to_numpy()
+    if (np.diff(places) > 0).all():
+        return rows
+    order = np.argsort(places)
+    assert (np.diff(places[order]) > 0).all(), "each view is computed once"
+    return rows.take(pa.array(order))
