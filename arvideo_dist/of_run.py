@@ -50,5 +50,6 @@ def _take_over(trained: TrainingConfig, given: Given) -> None:
     data.setdefault("sampling", own.sampling)
     if data["sampling"] == own.sampling == "window":
         data.setdefault("stride", own.stride)
-    given["tracking"].setdefault("uri", tracking_uri(trained))
+    if "uri" not in given["tracking"]:
+        given["tracking"]["uri"] = tracking_uri(trained)
     given["tracking"].setdefault("experiment", trained.tracking.experiment)
