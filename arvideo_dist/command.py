@@ -11,7 +11,7 @@ from dataclasses import asdict
 from typing import NoReturn, TypeVar
 
 from arvideo_dist.checks.start import check_driver, check_run
-from arvideo_dist.config.commands import PretrainConfig, RunConfig, TrainingConfig
+from arvideo_dist.config.commands import PretrainConfig, RunConfig, SequenceConfig, TrainingConfig
 from arvideo_dist.config.folder import run_folder
 from arvideo_dist.config.settings import exit_with, read_config
 from arvideo_dist.launch.driver import Finished, launch
@@ -26,9 +26,8 @@ from arvideo_dist.launch.start import (
     with_absolute_paths,
 )
 from arvideo_dist.storage import lasts, shown
-from arvideo_dist.tasks.derived import Derived, Evaluated, Workload, derive
-from arvideo_dist.tasks.kinds import task_of
-from arvideo_dist.tasks.scoring import SCORES
+from arvideo_dist.tasks.derived import Derived, Viewed, Workload, derive
+from arvideo_dist.tasks.kinds import sequence_of, task_of
 from arvideo_dist.train.checkpoint.layout import FOLDER, checkpoint_name, newest_step
 from arvideo_dist.train.checkpoint.manifest import CheckpointError
 from arvideo_dist.train.checkpoint.reader import Checkpoint
@@ -127,7 +126,7 @@ def _print_start(config: RunConfig, derived: Workload, checkpoint: Checkpoint | 
     )
     if isinstance(config, TrainingConfig) and isinstance(derived, Derived):
         print("\n".join(_training_lines(config, derived, checkpoint)), flush=True)
-    elif isinstance(derived, Evaluated):
+    elif isinstance(derived, Viewed):
         print(f"{derived.batch_line()}\n{derived.samples} videos, {derived.total_places} views", flush=True)
 
 
@@ -158,8 +157,8 @@ def _print_end(config: RunConfig, finished: Finished) -> None:
     print(f"\nrun         {finished.run_folder}")
     if isinstance(config, TrainingConfig):
         print("\n".join(_trained_lines(config, finished)))
-    else:
-        print("\n".join(_evaluated_lines(finished)))
+    elif isinstance(config, SequenceConfig):
+        print("\n".join(_viewed_lines(config, finished)))
     print(f"mlflow      run {finished.mlflow_run_id}; dashboard: {dashboard_command(config)}")
 
 
@@ -180,21 +179,8 @@ def _trained_lines(config: TrainingConfig, finished: Finished) -> list[str]:
     return lines
 
 
-def _evaluated_lines(finished: Finished) -> list[str]:
-    metrics, folder = finished.metrics, finished.run_folder
-    lines = [f"scores      {folder}/{SCORES}"]
-    if "accuracy/top1" in metrics:
-        lines += [f"classes     {folder}/classes.txt", f"confusion   {folder}/confusion.png"]
-        shares = [
-            f"{title} {metrics[name]:.2%}"
-            for title, name in (
-                ("top-1", "accuracy/top1"),
-                ("top-5", "accuracy/top5"),
-                ("mean over classes", "accuracy/mean_class"),
-            )
-            if name in metrics
-        ]
-        lines.append(f"accuracy    {', '.join(shares)} of {metrics['videos']:.0f} videos")
-    if bad := metrics.get("bad_samples"):
-        lines.append(f"bad views   {bad:.0f}, listed in {folder}/{ARTIFACT}")
+def _viewed_lines(config: SequenceConfig, finished: Finished) -> list[str]:
+    lines = sequence_of(config).result_lines(finished.metrics, finished.run_folder)
+    if bad := finished.metrics.get("bad_samples"):
+        lines.append(f"bad views   {bad:.0f}, listed in {finished.run_folder}/{ARTIFACT}")
     return lines

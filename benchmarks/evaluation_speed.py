@@ -2,7 +2,7 @@
 
 One rank on the CPU. A round takes both times, one after the other, in an order that alternates:
 
-loop      `Evaluation.run`: decode workers, views, scores, saves; from the first batch that is there to the last
+loop      `SequenceRun.run`: decode workers, views, scores, saves; from the first batch that is there to the last
           save. What the workers take to start (`ready_s`) is told apart: it is paid once for any number of videos
 forward   the same batches from memory through the same classifier, with their softmax
 
@@ -40,21 +40,21 @@ from arvideo_dist.tasks.classification import build_classifier
 from arvideo_dist.train.assignment import Assignment
 from arvideo_dist.train.run.lease import acquire
 from arvideo_dist.train.run.watch import Watch
-from arvideo_dist.train.scoring import Evaluation
+from arvideo_dist.train.sequence import SequenceRun
 from data_prep.synthetic import CLASSES
 
 FRAMES, TUBELET = 16, (2, 16, 16)
 
 
-class TimedEvaluation(Evaluation):
+class TimedEvaluation(SequenceRun):
     """Tells when the first batch was there."""
 
     ready_at: float | None = None
 
-    def _scores(self, host: Batch) -> torch.Tensor:
+    def _computed(self, host: Batch) -> torch.Tensor:
         if self.ready_at is None:
             self.ready_at = time.perf_counter()
-        return super()._scores(host)
+        return super()._computed(host)
 
 
 def main() -> None:
@@ -160,7 +160,7 @@ def _loop(evaluation: TimedEvaluation, watch: Watch) -> dict[str, float]:
 def _forward(evaluation: TimedEvaluation, batches: list[Batch]) -> dict[str, float]:
     began = time.perf_counter()
     for batch in batches:
-        evaluation._scores(batch)
+        evaluation._computed(batch)
     return {"forward_s": time.perf_counter() - began}
 
 

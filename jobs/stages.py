@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import hashlib
+import importlib
 import json
 import os
 import re
@@ -15,7 +17,14 @@ from typing import Any
 
 import yaml
 
-from arvideo_dist.config.commands import FinetuneConfig, PretrainConfig, TrainingConfig
+from arvideo_dist.config.commands import (
+    EmbedConfig,
+    EvaluateConfig,
+    FinetuneConfig,
+    PretrainConfig,
+    SequenceConfig,
+    TrainingConfig,
+)
 from arvideo_dist.config.folder import run_folder
 from arvideo_dist.config.settings import ENV_PREFIX, read_config
 from arvideo_dist.storage import Storage
@@ -26,8 +35,10 @@ MODULES = {
     "pretrain": "arvideo_dist.pretrain",
     "finetune": "arvideo_dist.finetune",
     "evaluate": "arvideo_dist.evaluate",
+    "embed": "arvideo_dist.embed",
 }
 _TRAININGS: dict[str, type[TrainingConfig]] = {"pretrain": PretrainConfig, "finetune": FinetuneConfig}
+_OF_A_RUN: dict[str, type[SequenceConfig]] = {"evaluate": EvaluateConfig, "embed": EmbedConfig}
 _NAME = re.compile(r"[A-Za-z0-9_-]+")
 _VARIABLE = re.compile(r"\$\{?([A-Za-z_][A-Za-z0-9_]*)")
 _REFERENCE = re.compile(r"\{([A-Za-z0-9_-]+)\}")
@@ -65,7 +76,7 @@ class Stage:
     def check(self) -> None:
         """Raises ValueError for what the command would refuse at once, as far as that costs nothing."""
         assert self.digest
-        if self.command != "evaluate":
+        if self.command not in _OF_A_RUN:  # for those, seconds
             assert self.output()
         assert self.file()
 
@@ -75,24 +86,15 @@ class Stage:
             return Storage(_option(self.arguments, "--out")).address
         if (root := _TRAININGS.get(self.command)) is not None:
             return run_folder(read_config(root, list(self.arguments))[0]).address
-        from arvideo_dist.config.commands import EvaluateConfig
-        from arvideo_dist.evaluate import add_source, of_source  # imports torch: seconds
-
-        parser = argparse_of(add_source)
-        return run_folder(of_source(*read_config(EvaluateConfig, list(self.arguments), parser))).address
+        command: Any = importlib.import_module(MODULES[self.command])  # imports torch
+        parser = argparse.ArgumentParser()
+        command.add_source(parser)
+        given = read_config(_OF_A_RUN[self.command], list(self.arguments), parser)
+        return run_folder(command.of_source(*given)).address
 
     def file(self) -> str:
         """In its output, what is there once the command has ended."""
         return f"dataset-{_option(self.arguments, '--split')}.json" if self.command == "data_prep" else RESULT
-
-
-def argparse_of(add_flags: Any) -> Any:
-    """A parser with a command's own flags."""
-    import argparse
-
-    parser = argparse.ArgumentParser()
-    add_flags(parser)
-    return parser
 
 
 def _option(words: tuple[str, ...], name: str) -> str:

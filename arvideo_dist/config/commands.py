@@ -5,11 +5,13 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from abc import abstractmethod
+from typing import ClassVar, Self
 
 from pydantic import Field, model_validator
 
 from arvideo_dist.config.data import DataConfig, PretrainDataConfig, TrainDataConfig
+from arvideo_dist.config.embedding import EmbedDataConfig, EmbeddingSection, EmbedRunSection
 from arvideo_dist.config.evaluation import EvaluateDataConfig, EvaluateRunSection, EvaluationSection
 from arvideo_dist.config.finetuning import (
     AugmentConfig,
@@ -23,6 +25,7 @@ from arvideo_dist.config.model import DecoderConfig, EncoderConfig, ModelConfig
 from arvideo_dist.config.optim import OptimConfig, TrainConfig, ValidationConfig, resolve_precision
 from arvideo_dist.config.run import ClusterConfig, RunConfigSection, TrackingConfig
 from arvideo_dist.config.section import Section, value_at
+from arvideo_dist.config.sequence import SequenceSection
 
 
 class RunConfig(Section):
@@ -110,7 +113,26 @@ class FinetuneConfig(TrainingConfig):
         return 2 * self.data.repeats if self.augment.mixes else 1
 
 
-class EvaluateConfig(RunConfig):
+class SequenceConfig(RunConfig):
+    """What every command has that computes something of all views of a split's videos and updates nothing."""
+
+    @property
+    @abstractmethod
+    def sequence(self) -> SequenceSection:
+        """The command's own section."""
+
+    @model_validator(mode="after")
+    def _check_views(self) -> Self:
+        temporal = int(self.sequence.views.partition("x")[0])
+        if self.data.sampling == "segments" and temporal > 2:
+            section = self.precision_field.partition(".")[0]
+            raise ValueError(
+                f"{section}.views {self.sequence.views}: segments have 1 or 2 temporal views, as in 2x3 (SSv2)"
+            )
+        return self
+
+
+class EvaluateConfig(SequenceConfig):
     """The evaluation of a classifier."""
 
     command = "evaluate"
@@ -122,16 +144,33 @@ class EvaluateConfig(RunConfig):
     model: ClassifierConfig = Field(default_factory=ClassifierConfig)
     evaluation: EvaluationSection = Field(default_factory=EvaluationSection)
 
-    @model_validator(mode="after")
-    def _check_views(self) -> EvaluateConfig:
-        temporal = int(self.evaluation.views.partition("x")[0])
-        if self.data.sampling == "segments" and temporal > 2:
-            raise ValueError(
-                f"evaluation.views {self.evaluation.views}: segments have 1 or 2 temporal views, as in 2x3 (SSv2)"
-            )
-        return self
+    @property
+    def sequence(self) -> EvaluationSection:
+        return self.evaluation
+
+
+class EmbedConfig(SequenceConfig):
+    """Features of videos from a trained encoder."""
+
+    command = "embed"
+    precision_field = "embedding.precision"
+    shortcuts: ClassVar[dict[str, str]] = {
+        "data.path": "data",
+        "data.split": "split",
+        "embedding.views": "views",
+        "embedding.pooling": "pooling",
+        "embedding.format": "format",
+    }
+
+    run: EmbedRunSection = Field(default_factory=EmbedRunSection)
+    data: EmbedDataConfig = Field(default_factory=EmbedDataConfig)
+    embedding: EmbeddingSection = Field(default_factory=EmbeddingSection)
+
+    @property
+    def sequence(self) -> EmbeddingSection:
+        return self.embedding
 
 
 ROOTS: dict[str, type[RunConfig]] = {
-    root.command: root for root in (PretrainConfig, FinetuneConfig, EvaluateConfig)
+    root.command: root for root in (PretrainConfig, FinetuneConfig, EvaluateConfig, EmbedConfig)
 }

@@ -37,12 +37,13 @@ def already_finished(config: RunConfig) -> Finished | None:
         return None
     if state["position"] < planned_places(config, derive_checked(config), state):
         return None
-    more = ""
+    verb, more = config.command, ""
     if isinstance(config, TrainingConfig):
+        verb = "train"
         more = ". For more, raise train.epochs or train.steps and name it in --run.allow_change"
     print(
         f"run {config.run.name} is finished: step {state['step']} was its last, nothing is left to "
-        f"{'train' if more else 'evaluate'}{more}",
+        f"{verb}{more}",
         flush=True,
     )
     return Finished(

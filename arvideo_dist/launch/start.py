@@ -8,14 +8,14 @@ from typing import Any, overload
 
 from pydantic import ValidationError
 
-from arvideo_dist.config.commands import EvaluateConfig, PretrainConfig, RunConfig, TrainingConfig
+from arvideo_dist.config.commands import PretrainConfig, RunConfig, SequenceConfig, TrainingConfig
 from arvideo_dist.config.data import PretrainDataConfig
 from arvideo_dist.config.folder import run_folder
 from arvideo_dist.config.settings import Root
 from arvideo_dist.config.sources import clips_per_epoch, data_sets
 from arvideo_dist.data.index import load_manifest
 from arvideo_dist.storage import Storage
-from arvideo_dist.tasks.derived import Derived, Evaluated, Workload, derive, derive_evaluation
+from arvideo_dist.tasks.derived import Derived, Viewed, Workload, derive, derive_sequence
 from arvideo_dist.tasks.kinds import task_of
 from arvideo_dist.train.checkpoint import seen
 from arvideo_dist.train.checkpoint.layout import complete_checkpoints
@@ -32,9 +32,9 @@ def derive_checked(config: TrainingConfig) -> Derived: ...
 def derive_checked(config: RunConfig) -> Workload: ...
 def derive_checked(config: RunConfig) -> Workload:
     """The derived numbers of a run whose data set exists; ValueError says what is missing and where to set it."""
-    if isinstance(config, EvaluateConfig):
+    if isinstance(config, SequenceConfig):
         ((storage, split),) = data_sets(config.data)
-        return derive_evaluation(config, load_manifest(storage, split).samples)
+        return derive_sequence(config, load_manifest(storage, split).samples)
     assert isinstance(config, TrainingConfig)
     clips = clips_per_epoch(config.data)
     if config.data.val_split is not None:
@@ -44,7 +44,7 @@ def derive_checked(config: RunConfig) -> Workload:
 
 def planned_places(config: RunConfig, derived: Workload, state: Mapping[str, Any] | None) -> int:
     """Places of the whole run that goes on from a checkpoint's `state`, or begins (None)."""
-    if isinstance(derived, Evaluated):
+    if isinstance(derived, Viewed):
         assert derived.total_places is not None
         return derived.total_places
     assert isinstance(config, TrainingConfig)

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from arvideo_dist.config.commands import ROOTS, EvaluateConfig, RunConfig
+from arvideo_dist.config.commands import ROOTS, RunConfig, SequenceConfig
 from arvideo_dist.launch.cluster import collective_timeout_s
 from arvideo_dist.storage import Storage
-from arvideo_dist.tasks.derived import Derived, Evaluated
+from arvideo_dist.tasks.derived import Derived, Viewed
 from arvideo_dist.train.assignment import Assignment
 from arvideo_dist.train.checkpoint import seen
 from arvideo_dist.train.health.activity import activity
@@ -49,7 +49,7 @@ def _work(config: RunConfig, payload: dict[str, Any]) -> Interruption | None:
     from arvideo_dist.train.compose import train
     from arvideo_dist.train.health.pulse import Pulse
     from arvideo_dist.train.run.watch import Watch
-    from arvideo_dist.train.scoring import score
+    from arvideo_dist.train.sequence import run_sequence
 
     # They warn of DeepSpeed's calls.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
@@ -57,8 +57,8 @@ def _work(config: RunConfig, payload: dict[str, Any]) -> Interruption | None:
     activity.together("connects to the other ranks")
     timeout = datetime.timedelta(seconds=collective_timeout_s(config))
     control = dist.new_group(backend="gloo", timeout=timeout)
-    evaluates = isinstance(config, EvaluateConfig)
-    numbers: Any = Evaluated if evaluates else Derived
+    trains = not isinstance(config, SequenceConfig)
+    numbers: Any = Derived if trains else Viewed
     assignment: Any = Assignment(
         config=config,
         derived=numbers(**payload["derived"]),
@@ -83,7 +83,7 @@ def _work(config: RunConfig, payload: dict[str, Any]) -> Interruption | None:
         to_mlflow = Tracker(assignment.tracking_uri, assignment.mlflow_run_id, assignment.lease.check)
         tracker = QueuedTracker(to_mlflow, assignment.lease.storage())
     with pulse, tracker as queue:
-        return (score if evaluates else train)(assignment, device, control, watch, queue)
+        return (train if trains else run_sequence)(assignment, device, control, watch, queue)
 
 
 def heartbeat(monitor: Any, run: Storage, hung_s: float, workers: str) -> Heartbeat:

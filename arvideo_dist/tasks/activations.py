@@ -55,6 +55,12 @@ def classifier_activation_bytes(model: EncoderConfig) -> int:
     return _FP32 * (cubes + size.depth * n * _self_attention_block(size.width, size.heads))
 
 
+def forward_activation_bytes(model: EncoderConfig) -> int:
+    """Bytes that a forward pass over all tokens of a clip holds at a time, if nothing is kept for a backward pass:
+    what a block takes, and what goes in and out of it."""
+    return 2 * classifier_activation_bytes(model) // ENCODER_SIZES[model.encoder].depth
+
+
 def activation_bytes_per_pass(model: ModelConfig, decoder: DecoderConfig) -> int:
     """Bytes saved besides, however many clips: each attention's mask as floating point, RandSAC's weights."""
     if model.kind == "videomae":

@@ -2,21 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
 from typing import Self
 
-import torch
-
-from arvideo_dist.config.commands import EvaluateConfig, TrainingConfig
+from arvideo_dist.config.commands import SequenceConfig, TrainingConfig
 from arvideo_dist.data.order import accumulation_steps
 from arvideo_dist.data.views import Views
-from arvideo_dist.model.vit import ENCODER_SIZES
-from arvideo_dist.tasks.activations import classifier_activation_bytes
-from arvideo_dist.tasks.classification import build_classifier
-from arvideo_dist.tasks.flops import classifier_flops, embedding_flops
-from arvideo_dist.tasks.kinds import task_of
+from arvideo_dist.tasks.kinds import sequence_of, task_of
 
 
 @dataclass(frozen=True)
@@ -80,8 +73,8 @@ class Derived(Workload):
 
 
 @dataclass(frozen=True)
-class Evaluated(Workload):
-    """Of an evaluation. Printed at start, logged with it, and given as JSON by `--dry-run`."""
+class Viewed(Workload):
+    """Of a run over views without updates. Printed at start, logged with it, given as JSON by `--dry-run`."""
 
     views: int  # of each video
     total_places: int | None  # pairs of video and view
@@ -95,24 +88,18 @@ class Evaluated(Workload):
         return f"batch: {videos} videos x {self.views} views on each of {self.world_size} workers"
 
 
-def derive_evaluation(config: EvaluateConfig, samples: int | None) -> Evaluated:
-    """Numbers of an evaluation of `samples` videos."""
-    model, views = config.model, len(Views.parse(config.evaluation.views))
-    assert model.classes is not None, "the classifier says how many"
-    size = ENCODER_SIZES[model.encoder]
-    with torch.device("meta"):
-        parameters = sum(p.numel() for p in build_classifier(model, model.classes).parameters())
-    forward = (classifier_flops(model, model.classes) + embedding_flops(model)) / 3
-    return Evaluated(
-        encoder_tokens=math.prod(model.token_grid),
+def derive_sequence(config: SequenceConfig, samples: int | None) -> Viewed:
+    """Numbers of a run over the views of `samples` videos."""
+    costs, views = sequence_of(config).costs(), len(Views.parse(config.sequence.views))
+    return Viewed(
+        encoder_tokens=costs.encoder_tokens,
         decoder_queries=0,
-        parameters=parameters,
-        gflops_per_clip=forward / 1e9,
-        # Nothing is kept for a backward pass: what a block takes, and what goes in and out of it.
-        activation_mb_per_clip=2 * classifier_activation_bytes(model) / size.depth / 1e6,
+        parameters=costs.parameters,
+        gflops_per_clip=costs.flops_per_clip / 1e9,
+        activation_mb_per_clip=costs.activation_bytes_per_clip / 1e6,
         activation_mb_per_pass=0.0,
         world_size=config.cluster.max_workers,
-        micro_batch=views * config.evaluation.videos_per_batch,
+        micro_batch=views * config.sequence.videos_per_batch,
         accumulation_steps=1,
         samples=samples,
         views=views,

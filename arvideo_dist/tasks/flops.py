@@ -49,6 +49,11 @@ def classifier_flops(model: EncoderConfig, classes: int) -> int:
     return 3 * (embed + encoder + 2 * d * classes) - embed
 
 
+def classifier_forward_flops(model: EncoderConfig, classes: int) -> int:
+    """Forward, of one clip; without `classes` (0) the encoder alone."""
+    return (classifier_flops(model, classes) + embedding_flops(model)) // 3
+
+
 def embedding_flops(model: EncoderConfig) -> int:
     """Forward, of embedding all tokens of a clip."""
     width = ENCODER_SIZES[model.encoder].width

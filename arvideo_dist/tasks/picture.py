@@ -36,11 +36,13 @@ class Page:
         *,
         group: int | None = None,
         caption: str | None = None,
+        margin: int = _MARGIN,
     ) -> None:
-        """`rows`: their names; after every `group` of them stands a gap. `caption`: a line above the cells."""
+        """`rows`: their names, of one or more lines; after every `group` of them stands a gap. `caption`: a line
+        above the cells. `margin`: pixels for the names."""
         self.size, self.scale = size, max(1, math.ceil(_MIN_CELL / size[0]))
         self._top = 0 if caption is None else _CAPTION
-        self._group = group or len(rows)
+        self._group, self._margin = group or len(rows), margin
         self._cell = size[0] * self.scale + _GAP, size[1] * self.scale + _GAP
         width, height = self.corner(len(rows), columns)
         width = max(width, 8 + math.ceil(ImageFont.load_default().getlength(caption or "")))
@@ -55,7 +57,7 @@ class Page:
     def corner(self, row: int, column: int) -> tuple[int, int]:
         """Where a cell's first pixel stands on the page: x, y."""
         gaps = row // self._group * _GROUP_GAP
-        return _MARGIN + column * self._cell[1], self._top + row * self._cell[0] + gaps
+        return self._margin + column * self._cell[1], self._top + row * self._cell[0] + gaps
 
     def frame(self, row: int, column: int, pixels_hwc: NDArray[np.uint8]) -> None:
         """Fill a cell."""

@@ -122,10 +122,6 @@ def compose(
     bad_steps.restore(kept.get("bad_steps"))
     recorder = Recorder(device, control)
     recorder.spikes.restore(kept.get("spikes", {}))
-    features = None
-    if (probed := task.probed()) is not None:
-        features = FeatureMeasures(probed, task, engine, control, bad, tracker, say)
-        features.untrained = dict(kept.get("untrained_features", {}))
     audit = Audit(assignment.lease, notes, step, control) if config.run.audit else None
     parts = Parts(
         train=config.train,
@@ -141,7 +137,7 @@ def compose(
         recorder=recorder,
         audit=audit,
         tracker=tracker,
-        features=features,
+        features=_features(task, engine, control, bad, tracker, say, kept),
         measure=Validator(task, engine, control, bad, notes, tracker, say),
         best_metric=task.best_metric,
         constants={
@@ -235,6 +231,22 @@ def _saver(
         damaged=start.damaged_newer if start is not None else (),
         failed_before=start.state.get("failed_saves", 0) if start is not None else 0,
     )
+
+
+def _features(
+    task: Task[Any],
+    engine: Engine,
+    control: dist.ProcessGroup,
+    bad: BadSamples,
+    tracker: QueuedTracker | None,
+    say: Callable[[str], None],
+    kept: Mapping[str, Any],
+) -> FeatureMeasures | None:
+    if (probed := task.probed()) is None:
+        return None
+    features = FeatureMeasures(probed, task, engine, control, bad, tracker, say)
+    features.untrained = dict(kept.get("untrained_features", {}))
+    return features
 
 
 def _leave_result(run: Storage, notes: DeferredWrites, result: Mapping[str, float]) -> None:

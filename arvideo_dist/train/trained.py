@@ -12,13 +12,13 @@ from torch import nn
 from arvideo_dist.config.commands import ROOTS, FinetuneConfig, PretrainConfig, TrainingConfig
 from arvideo_dist.config.finetuning import ClassifierConfig
 from arvideo_dist.config.model import DecoderConfig
-from arvideo_dist.model.classifier import Classifier
 from arvideo_dist.model.interchange import is_weights_file, read_classifier_weights, read_encoder
 from arvideo_dist.model.kinds import build_model
 from arvideo_dist.model.pretraining import PretrainingModel
 from arvideo_dist.model.vit import ENCODER_SIZES, Encoder
 from arvideo_dist.storage import Storage, shown
 from arvideo_dist.tasks.kinds import task_of
+from arvideo_dist.tasks.sequence import Readers
 from arvideo_dist.train.checkpoint.layout import FOLDER, complete_checkpoints
 from arvideo_dist.train.checkpoint.reader import Checkpoint
 
@@ -34,8 +34,10 @@ class Trained:
 
     @property
     def config(self) -> TrainingConfig:
-        """The whole configuration of the run that wrote the checkpoint."""
+        """The whole configuration of the run that wrote the checkpoint; ValueError if it does not train."""
         root: Any = ROOTS[self.checkpoint.state.get("command", PretrainConfig.command)]
+        if not issubclass(root, TrainingConfig):
+            raise ValueError(f"{self.checkpoint} is of a run of {root.command}, which trains nothing")
         config: TrainingConfig = root.model_validate(self.checkpoint.state["config"])
         return config
 
@@ -124,18 +126,7 @@ def read_classifier(source: str) -> dict[str, torch.Tensor]:
     return trained.load_module().state_dict()
 
 
-def load_classifier(module: Classifier, source: str) -> None:
-    """Fill `module` from `source` (see `read_classifier`). ValueError if it is of another size, too."""
-    weights = read_classifier(source)
-    own = module.state_dict()
-    differing = sorted(
-        name
-        for name in weights.keys() | own.keys()
-        if name not in weights or name not in own or weights[name].shape != own[name].shape
-    )
-    if differing:
-        raise ValueError(f"{shown(source)} holds another classifier; parameters that differ: {differing[:5]}")
-    module.load_state_dict(weights)
+READERS = Readers(encoder=read_weights, classifier=read_classifier)
 
 
 def classifier_of(source: str) -> tuple[ClassifierConfig, Trained | None]:

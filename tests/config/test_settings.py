@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from arvideo_dist.config.commands import EvaluateConfig, PretrainConfig, RunConfig
+from arvideo_dist.config.commands import EmbedConfig, EvaluateConfig, PretrainConfig, RunConfig
 from arvideo_dist.config.settings import ConfigError, read_config
 from arvideo_dist.pretrain import main
 from arvideo_dist.tasks.derived import Derived, derive
@@ -31,7 +31,7 @@ def test_later_sources_win(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert config.train.epochs == 800
 
 
-@pytest.mark.parametrize("root", [EvaluateConfig])
+@pytest.mark.parametrize("root", [EvaluateConfig, EmbedConfig])
 def test_a_short_flag_sets_its_field_also_if_it_has_the_name_of_a_section(root: type[RunConfig]) -> None:
     config, _ = read_config(root, ["--data", "/videos", "--data.stride", "3", "--views", "2x1"])
     assert (config.data.path, config.data.stride) == ("/videos", 3)

@@ -57,7 +57,7 @@ def slow_average_precision(truth: list[Row], detected: list[Row], number: int) -
 
 
 def random_rows(rng: np.random.Generator, count: int, scored: bool) -> list[Row]:
-    rows = []
+    rows: list[Row] = []
     for _ in range(count):
         x, y = rng.uniform(0, 0.6, 2)
         w, h = rng.uniform(0.2, 0.4, 2)
@@ -77,7 +77,7 @@ def test_it_equals_an_independent_computation(seed: int) -> None:
         for _ in range(rng.integers(0, 3))
     ]
     detected = shaken + random_rows(rng, 60, scored=True)
-    rng.shuffle(detected)  # type: ignore[arg-type]
+    rng.shuffle(detected)
     detected = [(f, tuple(map(float, b)), n, s) for f, b, n, s in detected]
     found = average_precision(boxes(*truth), boxes(*detected), range(1, 6))
     assert sorted(found.of_class) == sorted({row[2] for row in truth})

@@ -26,7 +26,7 @@ from arvideo_dist.launch.start import derive_checked
 from arvideo_dist.model.vit import ENCODER_SIZES, EncoderSize
 from arvideo_dist.storage import Storage
 from arvideo_dist.tasks.kinds import task_of
-from arvideo_dist.train import scoring
+from arvideo_dist.train import sequence
 from arvideo_dist.train.assignment import Assignment
 from arvideo_dist.train.checkpoint.layout import FOLDER, complete_checkpoints
 from arvideo_dist.train.compose import train
@@ -145,9 +145,9 @@ class _Crash(Exception):  # noqa: N818
 def _score(assignment: Assignment, crash_at: int | None) -> None:
     control = dist.new_group(backend="gloo")
     taken = 0
-    original = scoring.Evaluation._scores
+    original = sequence.SequenceRun._computed
 
-    def scores(self: scoring.Evaluation, host: Any) -> torch.Tensor:
+    def scores(self: sequence.SequenceRun, host: Any) -> torch.Tensor:
         nonlocal taken
         taken += 1
         if taken == crash_at:
@@ -156,12 +156,12 @@ def _score(assignment: Assignment, crash_at: int | None) -> None:
 
     with (
         mock.patch.dict(ENCODER_SIZES, {"demo": SIZE}),
-        mock.patch.object(scoring.Evaluation, "_scores", scores),
+        mock.patch.object(sequence.SequenceRun, "_computed", scores),
         contextlib.redirect_stdout(io.StringIO()),
         contextlib.suppress(_Crash),
     ):
         watch = _LeavesAfter(assignment.lease, control, None)
-        scoring.score(
+        sequence.run_sequence(
             assignment, torch.device("cpu"), control, watch, Told() if dist.get_rank() == 0 else None
         )
 
@@ -316,7 +316,7 @@ def _what_stops(assignments: list[Assignment], sources: list[str]) -> list[str]:
         model = config.model.model_copy(update={"init_from": sources[dist.get_rank()]})
         own = replace(assignment, config=config.model_copy(update={"model": model}))
         watch = _LeavesAfter(assignment.lease, control, None)
-        start = scoring.score if isinstance(config, EvaluateConfig) else train
+        start = sequence.run_sequence if isinstance(config, EvaluateConfig) else train
         with mock.patch.dict(ENCODER_SIZES, {"demo": SIZE}):
             try:
                 start(own, torch.device("cpu"), control, watch, None)

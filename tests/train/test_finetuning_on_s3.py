@@ -27,12 +27,12 @@ from arvideo_dist.model.interchange import export_encoder
 from arvideo_dist.storage import Storage
 from arvideo_dist.tasks.kinds import task_of
 from arvideo_dist.tasks.scoring import SCORES
-from arvideo_dist.train import scoring
 from arvideo_dist.train.assignment import Assignment
 from arvideo_dist.train.checkpoint.layout import FOLDER, complete_checkpoints
 from arvideo_dist.train.compose import train
 from arvideo_dist.train.run.lease import acquire
 from arvideo_dist.train.run.stop import RESULT
+from arvideo_dist.train.sequence import run_sequence
 from arvideo_dist.train.trained import open_trained, read_weights
 from tests.services.s3 import S3
 from tests.train.distributed import run_ranks
@@ -68,7 +68,7 @@ def _start_all(starts: list[Start]) -> list[dict[int, dict[str, float]]]:
     for start in starts:
         told, control = Told(), dist.new_group(backend="gloo")
         watch = _LeavesAfter(start.assignment.lease, control, start.leave_after)
-        run = scoring.score if isinstance(start.assignment.config, EvaluateConfig) else train
+        run = run_sequence if isinstance(start.assignment.config, EvaluateConfig) else train
         with contextlib.redirect_stdout(io.StringIO()):
             tracker: Any = told if dist.get_rank() == 0 else None
             run(start.assignment, torch.device("cpu"), control, watch, tracker)

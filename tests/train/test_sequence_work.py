@@ -16,7 +16,7 @@ from arvideo_dist.config.folder import run_folder
 from arvideo_dist.data import loader
 from arvideo_dist.data.reader import MemberReader
 from arvideo_dist.launch.start import derive_checked
-from arvideo_dist.train import scoring
+from arvideo_dist.train import sequence
 from arvideo_dist.train.assignment import Assignment
 from arvideo_dist.train.run.lease import acquire
 from tests.train.classifiers import evaluate_config, save_classifier
@@ -30,7 +30,7 @@ VIDEOS = 16
 def _work(assignment: Assignment) -> dict[str, Any]:
     """Videos that this rank reads and decodes, and views that it scores."""
     reads, decoded, views = list[str](), list[int](), 0
-    decode, read, score = loader.decode_rgb, MemberReader.read, scoring.Evaluation._scores
+    decode, read, score = loader.decode_rgb, MemberReader.read, sequence.SequenceRun._computed
 
     def decode_rgb(video: bytes, *given: Any) -> Any:
         decoded.append(hash(video))
@@ -40,7 +40,7 @@ def _work(assignment: Assignment) -> dict[str, Any]:
         reads.append(row.key)
         return read(self, row)
 
-    def scores(self: scoring.Evaluation, host: Any) -> torch.Tensor:
+    def scores(self: sequence.SequenceRun, host: Any) -> torch.Tensor:
         nonlocal views
         views += int(host.weights.sum())
         return score(self, host)
@@ -49,11 +49,11 @@ def _work(assignment: Assignment) -> dict[str, Any]:
     with (
         mock.patch.object(loader, "decode_rgb", decode_rgb),
         mock.patch.object(MemberReader, "read", reading),
-        mock.patch.object(scoring.Evaluation, "_scores", scores),
+        mock.patch.object(sequence.SequenceRun, "_computed", scores),
         contextlib.redirect_stdout(io.StringIO()),
     ):
         watch = _LeavesAfter(assignment.lease, control, None)
-        scoring.score(assignment, torch.device("cpu"), control, watch, None)
+        sequence.run_sequence(assignment, torch.device("cpu"), control, watch, None)
     return {"reads": reads, "decoded": decoded, "views": views}
 
 

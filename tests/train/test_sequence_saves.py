@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,14 +17,14 @@ import torch.distributed as dist
 from arvideo_dist.config.folder import run_folder
 from arvideo_dist.launch.start import derive_checked
 from arvideo_dist.storage import Storage
-from arvideo_dist.tasks.scoring import SCORES
-from arvideo_dist.train import scoring
+from arvideo_dist.tasks.scoring import SCORES, Scoring
+from arvideo_dist.train import sequence
 from arvideo_dist.train.assignment import Assignment
 from arvideo_dist.train.checkpoint import saver
 from arvideo_dist.train.checkpoint.layout import FOLDER
 from arvideo_dist.train.run.lease import acquire
 from arvideo_dist.train.run.stop import RESULT, RunStoppedError
-from arvideo_dist.train.score_saves import PARTS, ScoreSaves
+from arvideo_dist.train.sequence_saves import SequenceSaves
 from tests.services.disk import small_disk
 from tests.train.classifiers import VIEWS, evaluate_config, save_classifier
 from tests.train.distributed import run_ranks
@@ -66,28 +66,28 @@ def _empty(disk: Path) -> None:
 @contextlib.contextmanager
 def _at_batches(actions: dict[int, Callable[[], None]]) -> Iterator[None]:
     """Rank 0 does what is given for the number of a batch, before it scores that."""
-    original, scored = scoring.Evaluation._scores, 0
+    original, scored = sequence.SequenceRun._computed, 0
 
-    def scores(self: scoring.Evaluation, host: Any) -> torch.Tensor:
+    def scores(self: sequence.SequenceRun, host: Any) -> torch.Tensor:
         nonlocal scored
         scored += 1
         if dist.get_rank() == 0 and scored in actions:
             actions[scored]()
         return original(self, host)
 
-    with mock.patch.object(scoring.Evaluation, "_scores", scores):
+    with mock.patch.object(sequence.SequenceRun, "_computed", scores):
         yield
 
 
 @contextlib.contextmanager
 def _before_the_result(action: Callable[[], None]) -> Iterator[None]:
-    original = ScoreSaves.read_parts
+    original = SequenceSaves.read_parts
 
-    def read_parts(self: ScoreSaves) -> Iterator[Any]:
+    def read_parts(self: SequenceSaves) -> Iterable[Any]:
         action()
         return original(self)
 
-    with mock.patch.object(ScoreSaves, "read_parts", read_parts):
+    with mock.patch.object(SequenceSaves, "read_parts", read_parts):
         yield
 
 
@@ -98,7 +98,7 @@ def _score(assignment: Assignment, found: Found) -> None:
         watch = _LeavesAfter(assignment.lease, control, None)
         tracker: Any = told if dist.get_rank() == 0 else None
         try:
-            scoring.score(assignment, torch.device("cpu"), control, watch, tracker)
+            sequence.run_sequence(assignment, torch.device("cpu"), control, watch, tracker)
         except RunStoppedError as error:
             stopped = str(error)
     found.said.append(said.getvalue())
@@ -186,7 +186,7 @@ def test_scoring_goes_on_while_saves_fail_and_all_is_saved_once_there_is_room(
     failed, mended = found[0]["a while"].tags[0], found[0]["a while"].tags[-1]
     assert "No space left on device" in failed
     assert mended == "none since step-00000012"
-    parts = [path.name for path in (disk / "a-while" / PARTS).iterdir()]
+    parts = [path.name for path in (disk / "a-while" / Scoring.parts_folder).iterdir()]
     assert not [name for name in parts if name.endswith(".partial")]
     assert not (disk / "a-while" / FOLDER / "step-00000004").exists()
 

@@ -1,10 +1,11 @@
-"""What an evaluation keeps: scores in parts, and saves that tell how far it is.
+"""What a run over views keeps: its rows in parts, and saves that tell how far it is.
 
-    <run>/scores/part-00000042-00001-9f3a.parquet       a rank's rows since its part before (`Scoring.rows`)
+    <run>/scores/part-00000042-00001-9f3a.parquet       a rank's rows since its part before (`SequenceTask.rows`)
     <run>/checkpoints/step-00000042/state.json          position, and the parts that hold all places before it
 
-A save that fails is treated as a training's (checkpoint/saver.py): the rows stay in memory, the scoring goes on,
-and the next save is tried after a pause that grows, until `run.max_failed_saves` have failed in a row.
+The folder of the parts is the task's. A save that fails is treated as a training's (checkpoint/saver.py): the rows
+stay in memory, the run goes on, and the next save is tried after a pause that grows, until `run.max_failed_saves`
+have failed in a row.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import hashlib
 import json
 import secrets
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -32,16 +33,18 @@ from arvideo_dist.train.health.activity import activity
 from arvideo_dist.train.run.lease import LeaseLostError
 from arvideo_dist.train.run.stop import RunStoppedError
 
-PARTS = "scores"
+# Rows of all ranks in memory after which a save is due, whatever the time: whole tokens are megabytes a view.
+_MOST_WAITING_BYTES = 2**29
 _SLICE_S = 1.0  # of a pause; well below the shortest run.hung_s
 
 
-class ScoreSaves:
-    """The saves of one rank's evaluation."""
+class SequenceSaves:
+    """The saves of one rank."""
 
     def __init__(
         self,
         run: Storage,
+        folder: str,
         options: RunConfigSection,
         control: dist.ProcessGroup,
         say: Callable[[str], None],
@@ -50,15 +53,16 @@ class ScoreSaves:
         report: Callable[[str], None],
         start: Mapping[str, Any] | None,
     ) -> None:
-        """`say` gets a line for each save and each failure. `flush`: called on rank 0 before a save becomes
-        visible, for what must be on storage by then. `report`: called on rank 0 for each failed save with what
-        failed, and for the first that succeeds after. `start`: the state of the save that the evaluation goes on
-        from.
+        """`folder`: of the run, for the parts. `say` gets a line for each save and each failure. `flush`: called on
+        rank 0 before a save becomes visible, for what must be on storage by then. `report`: called on rank 0 for
+        each failed save with what failed, and for the first that succeeds after. `start`: the state of the save
+        that the run goes on from.
         """
-        self._run, self._options, self._control = run, options, control
+        self._run, self._folder, self._options, self._control = run, folder, options, control
         self._say, self._flush, self._report = say, flush, report
         self._retention = Retention(run, options.keep_last, None)
         self._rows: list[pa.Table] = []  # of this rank, in no part yet
+        self._waiting_bytes = 0  # of these
         self._unsaved: list[dict[str, Any]] = []  # parts of this rank that no save names yet
         self._parts: list[dict[str, Any]] = [] if start is None else list(start["parts"])
         self._saved_at = time.monotonic()
@@ -66,20 +70,24 @@ class ScoreSaves:
         self.position = 0 if start is None else int(start["position"])  # of the newest save
 
     def add(self, rows: pa.Table) -> None:
-        """Rows of this rank, for the next save."""
+        """Rows of this rank, for the next save: after those that were added before."""
         self._rows.append(rows)
+        self._waiting_bytes += rows.nbytes
 
     @property
     def failing(self) -> bool:
         """Whether the newest save failed; the same on all ranks."""
         return self._failures > 0
 
-    def due_by_time(self) -> bool:
-        """Whether `checkpoint_every_minutes` have passed, or the pause after a failed save, by rank 0's clock."""
+    def due(self) -> bool:
+        """Whether `checkpoint_every_minutes` have passed, many rows wait, or the pause after a failed save is over:
+        by what rank 0 sees."""
         if dist.get_rank():
             return False
         if self._failures:
             return self._pause_left_s() <= 0
+        if self._waiting_bytes * dist.get_world_size() >= _MOST_WAITING_BYTES:
+            return True
         minutes = self._options.checkpoint_every_minutes
         return minutes is not None and time.monotonic() - self._saved_at >= 60 * minutes
 
@@ -90,7 +98,7 @@ class ScoreSaves:
         `state`: JSON content beside position, step and parts. Raises RunStoppedError on all ranks if this was the
         last of `max_failed_saves` in a row.
         """
-        activity.together("saves scores")
+        activity.together("saves its rows")
         if self._failures:
             over = [self._pause_left_s() <= 0]
             dist.broadcast_object_list(over, src=0, group=self._control)
@@ -116,17 +124,9 @@ class ScoreSaves:
                 time.sleep(min(left, _SLICE_S))
             self.save(position, step, state)
 
-    def read_parts(self) -> Iterator[pa.Table]:
-        """The rows of all ranks up to `position`, part by part. Raises RunStoppedError if one is damaged."""
-        for part in self._parts:
-            content = patiently(functools.partial(self._run.read_bytes, part["name"]))
-            if hashlib.sha256(content).hexdigest() != part["sha256"]:
-                raise RunStoppedError(
-                    f"{self._run.uri}/{part['name']} is damaged (its sha256 differs from the save's): choose "
-                    "another run.name to evaluate anew"
-                )
-            yield pq.read_table(pa.BufferReader(content))
-            activity.tick()
+    def read_parts(self) -> Iterable[pa.Table]:
+        """The rows of all ranks up to `position`, read part by part, in the order of the parts' first places."""
+        return _Parts(self._run, sorted(self._parts, key=lambda part: part.get("first", 0)))
 
     def _write(self, name: str, state: Mapping[str, Any]) -> None:
         where = f"{self._run.uri}/{FOLDER}/{name}"
@@ -145,14 +145,15 @@ class ScoreSaves:
     def _write_part(self, step: int) -> list[dict[str, Any]]:
         """The parts of this rank that no save names yet. What a failed save has written is not written again."""
         if self._rows:
-            sink = pa.BufferOutputStream()
-            pq.write_table(pa.concat_tables(self._rows), sink)
+            sink, rows = pa.BufferOutputStream(), pa.concat_tables(self._rows)
+            pq.write_table(rows, sink)
             content = sink.getvalue().to_pybytes()
-            name = f"{PARTS}/part-{step:08d}-{dist.get_rank():05d}-{secrets.token_hex(4)}.parquet"
+            name = f"{self._folder}/part-{step:08d}-{dist.get_rank():05d}-{secrets.token_hex(4)}.parquet"
             self._run.write_bytes(name, content)
-            self._rows = []
-            entry = {"name": name, "size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-            self._unsaved.append(entry)
+            self._rows, self._waiting_bytes = [], 0
+            digest = hashlib.sha256(content).hexdigest()
+            first = rows["place"][0].as_py() if len(rows) else 0
+            self._unsaved.append({"name": name, "size": len(content), "sha256": digest, "first": first})
         return self._unsaved
 
     def _publish(self, name: str, state: Mapping[str, Any]) -> None:
@@ -181,3 +182,22 @@ class ScoreSaves:
 
     def _pause_left_s(self) -> float:
         return self._failed_at + pause_s(self._failures) - time.monotonic()
+
+
+class _Parts(Iterable[pa.Table]):
+    """The tables that parts hold, read one after the other each time they are gone through."""
+
+    def __init__(self, run: Storage, parts: Sequence[Mapping[str, Any]]) -> None:
+        self._run, self._parts = run, parts
+
+    def __iter__(self) -> Iterator[pa.Table]:
+        """Raises RunStoppedError if a part is damaged."""
+        for part in self._parts:
+            content = patiently(functools.partial(self._run.read_bytes, part["name"]))
+            if hashlib.sha256(content).hexdigest() != part["sha256"]:
+                raise RunStoppedError(
+                    f"{self._run.uri}/{part['name']} is damaged (its sha256 differs from the save's): choose "
+                    "another run.name to begin anew"
+                )
+            yield pq.read_table(pa.BufferReader(content))
+            activity.tick()
