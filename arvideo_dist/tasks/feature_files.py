@@ -60,7 +60,9 @@ def write_parquet(
     columns = index.table.select(["key", "label", "label_name"])
     with pq.ParquetWriter(path, schema, use_dictionary=["label_name"]) as writer:
         for group in rows:
-            videos = columns.take(pa.array(group.videos_r))
+            first, last = int(group.videos_r[0]), int(group.videos_r[-1])
+            # Of a slice: taken from all chunks of a large index, each group would copy the whole of it.
+            videos = columns.slice(first, last - first + 1).take(pa.array(group.videos_r - first))
             labels = videos["label"].to_numpy()
             features = pa.FixedSizeListArray.from_arrays(pa.array(group.values_rx.ravel()), numbers)
             table = pa.table(

@@ -22,6 +22,7 @@ from arvideo_dist.data.reader import MemberReader
 from arvideo_dist.data.views import spatial_views, temporal_views
 from arvideo_dist.embed import main as embed
 from arvideo_dist.neighbours import main
+from arvideo_dist.probe import main as probe
 from arvideo_dist.storage import Storage
 from arvideo_dist.tasks.draws import label_of
 from arvideo_dist.tasks.embedding import Embedding
@@ -279,24 +280,24 @@ def test_the_commands_of_the_documentation_run(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """`embed` up to its derived numbers, `neighbours` to its files; then the lines of Python."""
+    """`embed` up to its derived numbers, the others to their files; then the lines of Python."""
     shutil.copyfile(folder / "videos" / "left" / "clip1.mp4", tmp_path / "holiday.mp4")
     monkeypatch.chdir(tmp_path)
     found = folder / "runs" / "mean"
     there = {"runs/mine": folder / "encoder", "DATA": folder / "data", "train": "val", "FEATURES": found}
+    there |= {f"{name}_FEATURES": found for name in ("TRAIN", "VAL", "TEST")}
     there |= {"runs/mine/embeddings/step-00001000-train-1x1-mean": found, "KEY": features.keys[0]}
     ran = []
     for module, *words in commands_of("features.md"):
         given = [str(there.get(word, word)) for word in words]
         ran.append(module.rpartition(".")[2])
-        {"embed": embed, "neighbours": main}[ran[-1]](
+        {"embed": embed, "neighbours": main, "probe": probe}[ran[-1]](
             [*given, *(["--dry-run"] if ran[-1] == "embed" else [])]
         )
-    assert ran == ["embed", *["neighbours"] * 3]
+    assert ran == ["embed", "neighbours", "probe", *["neighbours"] * 2, "probe"]
     assert f'"total_places": {VIDEOS}' in capsys.readouterr().out
-    assert [
-        (tmp_path / "build" / name).exists() for name in ("neighbours.png", "sheet.png", "sheet.gif")
-    ] == [True] * 3
+    made = {"neighbours.png", "sheet.png", "sheet.gif", "probe"}
+    assert {file.name for file in (tmp_path / "build").iterdir()} == made
     monkeypatch.chdir(found)
     text = (ROOT / "docs" / "features.md").read_text()
     (block,) = (each for each in text.split("```") if each.startswith("python\n"))

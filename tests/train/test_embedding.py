@@ -18,9 +18,11 @@ import torch
 import torch.distributed as dist
 from safetensors.numpy import load
 
+from arvideo_dist import command
 from arvideo_dist.config.commands import EmbedConfig
 from arvideo_dist.config.folder import run_folder
 from arvideo_dist.data.loader import ClipSamples, LoaderOptions
+from arvideo_dist.embed import main
 from arvideo_dist.launch.start import derive_checked
 from arvideo_dist.storage import Storage
 from arvideo_dist.tasks.draws import label_of
@@ -32,6 +34,7 @@ from arvideo_dist.train.checkpoint.layout import complete_checkpoints
 from arvideo_dist.train.health.activity import activity
 from arvideo_dist.train.run.lease import acquire
 from arvideo_dist.train.run.stop import RESULT
+from arvideo_dist.train.tracking.runs import close_run, open_run
 from tests.train.distributed import run_ranks
 from tests.train.encoders import MODEL, embed_config, make_encoder, save_encoder
 from tests.train.runs import damage, make_data
@@ -241,3 +244,33 @@ def test_a_video_is_read_back_as_the_mean_of_its_views_and_tokens_from_every_kin
         assert len(found.keys) == VIDEOS - first
         np.testing.assert_allclose(found.values_nd, made[first:], atol=1e-6, rtol=1e-6)
         assert found.labels == [label for label in found.labels if label is not None]
+
+
+def test_a_finished_embedding_says_so_at_once_and_another_one_is_refused_in_its_folder(
+    place: Place, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = place.config("alone", "mean", "parquet")
+    run = run_folder(config)
+    close_run(config, open_run(config, {}, run), "FINISHED")
+
+    def refuse(*_: Any) -> None:
+        raise AssertionError("a finished run starts nothing")
+
+    for name in ("launch", "acquire", "check_driver"):
+        monkeypatch.setattr(command, name, refuse)
+    given = {"--data": place.folder / "data", "--data.stride": 2, "--views": "2x3"}
+    given |= {
+        "--run.name": config.run.name,
+        "--run.storage_path": place.folder / "runs",
+        "--cluster.device": "cpu",
+    }
+    arguments = [str(place.folder / "encoder"), *(str(word) for pair in given.items() for word in pair)]
+    main(arguments)
+    output = capsys.readouterr().out
+    assert f"run {config.run.name} is finished: step 16 was its last, nothing is left to embed\n" in output
+    assert f"features    {run.uri}/features.parquet\n" in output
+    assert f"{VIDEOS * VIEWS} views of {VIDEOS} videos, {WIDTH} numbers each\n" in output
+    with pytest.raises(SystemExit) as ended:
+        main([*arguments, "--pooling", "tokens"])
+    assert ended.value.code == 2
+    assert "embedding.pooling: 'mean' in the checkpoint, 'tokens' now" in capsys.readouterr().err
