@@ -43,6 +43,7 @@ from arvideo_dist.threads import BlockThread
 
 FOLDER = "lease"
 _NAME = re.compile(r"(\d{8})-[0-9a-f]{32}\.json")
+_ANY_FILE = re.compile(r"\.?(\d{8})-[0-9a-f]{32}\.json(\.[0-9a-f]+\.partial)?")
 _BEATS_PER_LEASE = 6
 _READS = 5
 _LISTINGS = 2  # one may miss a file that is being replaced
@@ -257,13 +258,19 @@ def acquire(run: Storage, lease_s: float, newest_step: Callable[[Storage], int] 
         mine = f"{generation:08d}-{uuid.uuid4().hex}.json"
         run.write_bytes(f"{FOLDER}/{mine}", record.model_dump_json(indent=1).encode())
         if _newest(run) == [mine]:
-            for name in _names(run):
-                # Never of one that took over while this process was held up.
-                if _generation(name) < generation:
-                    run.delete(f"{FOLDER}/{name}")
+            _clear_older(run, generation)
             return Lease(Guard(run.address, mine), record, newest_step)
         run.delete(f"{FOLDER}/{mine}")
         time.sleep(random.uniform(0.2, 1.0))  # so that two who meet do not meet for ever
+
+
+def _clear_older(run: Storage, generation: int) -> None:
+    """Delete files of earlier generations, and what killed holders left of them. Never of one that took over while
+    this process was held up."""
+    for name in run.names(FOLDER):
+        match = _ANY_FILE.fullmatch(name)
+        if match is not None and int(match[1]) < generation:
+            run.delete(f"{FOLDER}/{name}")
 
 
 def recorded_step(run: Storage) -> int:

@@ -99,6 +99,18 @@ def test_released_lease_is_free_at_once_and_generations_only_grow(run: Storage) 
     assert len(run.names(FOLDER)) == 1
 
 
+def test_what_a_holder_left_that_was_killed_as_it_wrote_goes_with_its_lease(tmp_path: Path) -> None:
+    """The file beside a lease that was to take its place; never one of a later holder."""
+    run = Storage(str(tmp_path))
+    with acquire(run, 10.0) as first:
+        left = tmp_path / FOLDER / f".{first.guard.name}.{'ab' * 16}.partial"
+        left.write_text("{")
+    later = tmp_path / FOLDER / f".00000009-{'0' * 32}.json.{'cd' * 16}.partial"
+    later.write_text("{")
+    with acquire(run, 10.0) as second:
+        assert sorted(run.names(FOLDER)) == sorted([second.guard.name, later.name])
+
+
 def test_lease_of_a_process_of_this_machine_that_has_ended_is_free_at_once(tmp_path: Path) -> None:
     run = Storage(str(tmp_path))
     held = HoldingProcess(run, lease_s=600)  # waiting for it would exceed the test's time limit
