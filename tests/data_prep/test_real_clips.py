@@ -25,6 +25,7 @@ pytestmark = pytest.mark.slow
 
 HDR = "exoplayer__hdr10-video-with-sdr-container.mp4"
 PICTURES = 12  # compared of each clip, evenly over its length
+BLACK, WHITE = 16, 235  # luma codes of limited range
 
 
 @pytest.fixture(scope="module")
@@ -166,9 +167,13 @@ def test_written_pictures_show_the_source_at_the_same_times(prepared: Path, shar
                 if number in wanted
             }
         expected = shown(shared_dir / "videos" / "clips" / row["source"], row, wanted)
+        # Codes below black and above white, which some sources have, are kept as they are written and cut off by
+        # PyAV's conversion: a screen shows them alike.
         values[row["source"]] = psnr(
-            np.stack([written[number] for number in wanted]),
-            np.stack([expected[number] for number in wanted]),
+            *(
+                np.stack([each[number] for number in wanted]).clip(BLACK, WHITE)
+                for each in (written, expected)
+            )
         )
     assert len(values) == 75
     low = {name: round(value, 1) for name, value in values.items() if value < 33}
