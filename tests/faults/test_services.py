@@ -70,7 +70,7 @@ def test_full_disk_as_workers_start_again(folder: Path, survived: Callable[..., 
         command.read_until(FAULT_AT)
         filler = fill(Path(run.storage) / name)
         command.worker(1).kill()
-        command.read_until("tried again in .*No space left")
+        command.read_until("start.json: not written to .*No space left")
         filler.unlink()
         assert command.finish() == 0, command.output
         survived(run, "SIGKILL of rank 1 while the disk is full")

@@ -39,20 +39,23 @@ class Audit:
         """Collective. `start_step`: optimiser steps in the weights that these workers start from."""
         self._generation, self._notes = guard.generation, notes
         self._rank = dist.get_rank()
-        opened = [self._open(guard.storage(), start_step) if self._rank == 0 else 0]
+        opened = [self._next_number(guard.storage()) if self._rank == 0 else 0]
         dist.broadcast_object_list(opened, src=0, group=control)
         self._number = opened[0]
+        self._begin(start_step)
 
-    def _open(self, run: Storage, start_step: int) -> int:
-        """Begin the attempt after those that are on storage; its number."""
+    def _next_number(self, run: Storage) -> int:
+        """Of the attempt after those that are on storage."""
         prefix = f"{self._generation:08d}-"
         names = patiently(lambda: run.names(FOLDER))
         numbers = [name.removeprefix(prefix) for name in names if name.startswith(prefix)]
         # Not their count: of attempts that the storage did not take there may be a gap.
-        self._number = max((int(number) for number in numbers if number.isdecimal()), default=0) + 1
-        # Of one folder, however often it fails: on a full disk each try would leave an empty one.
-        patiently(lambda: run.write_bytes(self._name(_START), _start(start_step)))
-        return self._number
+        return max((int(number) for number in numbers if number.isdecimal()), default=0) + 1
+
+    def _begin(self, step: int) -> None:
+        """Waits with the lines if the disk is full: workers that start then must not be lost for it."""
+        if self._rank == 0:
+            self._notes.put(self._name(_START), _start(step))
 
     def _name(self, file: str) -> str:
         return f"{FOLDER}/{self._generation:08d}-{self._number:04d}/{file}"
@@ -60,8 +63,7 @@ class Audit:
     def go_back(self, step: int) -> None:
         """The weights are those after optimiser step `step` again: what is applied next is of a new attempt."""
         self._number += 1
-        if self._rank == 0:
-            self._notes.put(self._name(_START), _start(step))
+        self._begin(step)
 
     def applied(self, step: int, batches: Sequence[Batch]) -> None:
         """The places of `batches` are in the weights since optimiser step `step` (the first one is 1)."""

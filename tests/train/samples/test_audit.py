@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from pathlib import Path
 
+import pytest
 import torch
 import torch.distributed as dist
 
@@ -82,3 +84,34 @@ def test_an_attempt_is_numbered_after_every_earlier_one_though_some_left_nothing
     with acquire(Storage(str(tmp_path / "run")), lease_s=600) as lease:
         run_ranks(1, _attempts_after_a_gap, lease.guard)
     assert len(list((tmp_path / "run/audit").iterdir())) == 3
+
+
+class SmallDisk(Storage):
+    has_room = False
+
+    def write_bytes(self, name: str, data: bytes) -> None:
+        if not self.has_room:
+            raise OSError(errno.ENOSPC, "No space left")
+        super().write_bytes(name, data)
+
+
+def _begin_on_a_full_disk(guard: Guard) -> None:
+    control, disk = dist.group.WORLD, SmallDisk(guard.run_address)
+    assert control is not None
+    notes = DeferredWrites(disk)
+    audit = Audit(guard, notes, 4, control)
+    audit.applied(5, [Batch(torch.zeros(0), {}, torch.zeros(0), torch.tensor([8, 9]), [])])
+    with pytest.raises(OSError, match="No space left"):
+        notes.flush()  # no checkpoint becomes visible without what stands there
+    disk.has_room = True
+    notes.flush()
+
+
+def test_workers_that_start_while_the_disk_is_full_lose_no_line(tmp_path: Path) -> None:
+    """It was raised at the start of the workers, which used up the restarts."""
+    run = Storage(str(tmp_path / "run"))
+    with acquire(run, lease_s=600) as lease:
+        run_ranks(1, _begin_on_a_full_disk, lease.guard)
+    (attempt,) = run.names("audit")
+    assert json.loads(run.read_bytes(f"audit/{attempt}/start.json")) == {"start_step": 4, "world_size": 1}
+    assert applied_places(run) == {5: [8, 9]}
