@@ -20,7 +20,7 @@ $(VENV)/.complete: pyproject.toml constraints.txt
 	@touch $@
 
 demo: setup
-	$(DEMO_VIDEOS) --split train --num-videos 1536 --seed 1
+	$(DEMO_VIDEOS) --split train --num-videos 1024 --seed 1
 	$(DEMO_VIDEOS) --split labelled --num-videos 192 --seed 2
 	$(DEMO_VIDEOS) --split val --num-videos 480 --seed 3
 	$(BIN)/python -m arvideo_dist.pretrain --config jobs/demo.yaml
