@@ -29,6 +29,8 @@ def _attempt(guard: Guard, first: int, last: int, remote: bool) -> None:
     storage.is_local = not remote
     notes = DeferredWrites(storage)
     audit = Audit(guard, notes, first, control)
+    # Object storage, which this stands for, needs no folders.
+    Path(storage.path(audit._name("any"))).parent.mkdir(parents=True, exist_ok=True)
     rank, world_size = dist.get_rank(), dist.get_world_size()
     for step in range(first + 1, last + 1):
         micro = places_of_rank((step - 1) * GLOBAL_BATCH, GLOBAL_BATCH, MICRO_BATCH, rank, world_size)
