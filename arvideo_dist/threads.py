@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import threading
+from abc import ABC, abstractmethod
 from typing import Self
 
 
-class BlockThread:
+class BlockThread(ABC):
     """Base: a daemon thread runs the subclass's `_keep` until the block ends."""
 
     def __init__(self, name: str, join_s: float | None = None) -> None:
@@ -28,9 +29,9 @@ class BlockThread:
         """End the thread's pause now."""
         self._woken.set()
 
+    @abstractmethod
     def _keep(self) -> None:
         """In the thread; returns once `_pause` says that the block has ended."""
-        raise NotImplementedError
 
     def _pause(self, seconds: float) -> bool:
         """In the thread: wait `seconds`, less if woken; whether the block goes on."""

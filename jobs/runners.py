@@ -66,16 +66,28 @@ class LocalRunner(Runner):
         self._process: subprocess.Popen[bytes] | None = None
 
     def run(self, stage: Stage, ledger: Ledger) -> int:
-        _wait_for_the_end_of(ledger.get("process"))
+        self._wait_for_the_end_of(ledger.get("process"))
+        if self.leaving:
+            return _AGAIN
         command = [sys.executable, "-m", MODULES[stage.command], *stage.arguments]
         with subprocess.Popen(command, preexec_fn=_leave_with_parent) as self._process:
             ledger.set("process", process_identity(self._process.pid))
-            if self.leaving:  # told between the last command and this one
+            if self.leaving:  # told while the process began
                 self.tell(signal.SIGTERM)
             code = self._process.wait()
         self._process = None
         ledger.set("process", None)
         return code if code >= 0 else 128 - code
+
+    def _wait_for_the_end_of(self, process: str | None) -> None:
+        """Of a command of a pipeline that was killed: two would meet at the same run."""
+        if process is None:
+            return
+        pid = int(process.split("/")[-2])
+        if process_identity(pid) == process:
+            print(f"waits for process {pid}, which a pipeline before this one has started", flush=True)
+        while process_identity(pid) == process and not self.leaving:
+            time.sleep(_LOOK_S)
 
     def tell(self, number: int) -> None:
         # Ctrl-C comes to the whole foreground group: a second signal would end the command without a checkpoint.
@@ -89,17 +101,6 @@ def _leave_with_parent() -> None:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
-def _wait_for_the_end_of(process: str | None) -> None:
-    """Of a command of a pipeline that was killed: two would meet at the same run."""
-    if process is None:
-        return
-    pid = int(process.split("/")[-2])
-    if process_identity(pid) == process:
-        print(f"waits for process {pid}, which a pipeline before this one has started", flush=True)
-    while process_identity(pid) == process:
-        time.sleep(_LOOK_S)
-
-
 class RayRunner(Runner):
     """Jobs of the Ray cluster at `address`; a job that outlives the pipeline is gone on with."""
 
@@ -111,13 +112,13 @@ class RayRunner(Runner):
         self._job: str | None = None
 
     def run(self, stage: Stage, ledger: Ledger) -> int:
-        self._job = ledger.get("process") or self._submit(stage)
-        ledger.set("process", self._job)
+        self._job = ledger.get("job") or self._submit(stage)
+        ledger.set("job", self._job)
         try:
             code = self._follow(self._job)
         finally:
             if not self.leaving:
-                ledger.set("process", None)
+                ledger.set("job", None)
             self._job = None
         return code
 

@@ -169,7 +169,7 @@ class Ledger:
         folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder
         self._file = folder / "pipeline.json"
-        self._kept: dict[str, Any] = {"stages": {}, "process": None, "mlflow_run_id": None}
+        self._kept: dict[str, Any] = {"stages": {}, "process": None, "job": None, "mlflow_run_id": None}
         if self._file.exists():
             self._kept |= json.loads(self._file.read_text())
 
@@ -197,7 +197,7 @@ class Ledger:
         self._write()
 
     def get(self, name: str) -> Any:
-        """`process` that runs a stage, `mlflow_run_id` of the pipeline; None if there is none."""
+        """`process` or Ray `job` that runs a stage, `mlflow_run_id` of the pipeline; None if there is none."""
         return self._kept[name]
 
     def set(self, name: str, value: Any) -> None:

@@ -77,11 +77,7 @@ class Pretraining(Task[PretrainConfig]):
         measure = self.config.measure
         if measure.every_steps is None:
             return None
-        return Probed(measure, *labelled_sources(self.config.data, measure))
-
-    def features(self, forward: Forward, batch: Batch) -> torch.Tensor:
-        features_bd: torch.Tensor = forward(batch.clips)
-        return features_bd
+        return Probed(measure, *labelled_sources(self.config.data, measure), mean_features)
 
     def settled(self) -> PretrainConfig:
         probed = self.probed()
@@ -151,6 +147,12 @@ def predict(forward: Forward, batch: Batch, context_clips: torch.Tensor | None =
     inputs = batch.inputs
     output: Output = forward(batch.clips, inputs["context_ids"], inputs["target_ids"], context_clips)
     return output
+
+
+def mean_features(forward: Forward, batch: Batch) -> torch.Tensor:
+    """The features [B, D] of each clip (`PretrainingModel.features`)."""
+    features_bd: torch.Tensor = forward(batch.clips)
+    return features_bd
 
 
 def pretraining_loss(forward: Forward, batch: Batch) -> torch.Tensor:

@@ -64,6 +64,7 @@ class Probed:
     options: MeasureSection
     train: ClipSource
     held_out: ClipSource
+    features: Callable[[Forward, Batch], torch.Tensor]  # of a batch's clips [B, D]
 
 
 @dataclass
@@ -138,10 +139,6 @@ class Task(ABC, Generic[Config]):
     def probed(self) -> Probed | None:
         """What the features are measured on while the task trains; None if they are not."""
         return None
-
-    def features(self, forward: Forward, batch: Batch) -> torch.Tensor:
-        """The features [B, D] of a batch's clips, of a task that has `probed`."""
-        raise NotImplementedError
 
     @abstractmethod
     def loss(self, forward: Forward, batch: Batch) -> torch.Tensor:

@@ -101,7 +101,7 @@ class FeatureMeasures:
                 labels.append(label[used])
                 on_device = batch.to(self._engine.device)
                 for name, forward in encoders.items():
-                    features = self._task.features(forward, on_device).float().cpu().numpy()
+                    features = self._probed.features(forward, on_device).float().cpu().numpy()
                     values[name].append(features[used])
                 activity.together(f"measures features of split {source.split}")
         mine = (

@@ -6,10 +6,12 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
 
+from arvideo_dist.processes import process_identity
 from jobs import pipeline, runners, stages
 from jobs.summary import table
 
@@ -164,6 +166,18 @@ def test_the_stage_of_a_killed_pipeline_leaves_and_the_next_waits_for_it(
     assert (here / "left").exists(), "two commands would have met at one run"
     assert calls(here) == ["first", "second"]
     assert "which a pipeline before this one has started" in capfd.readouterr().out
+
+
+def test_who_waits_for_a_killed_pipelines_stage_can_be_told_to_leave(here: Path) -> None:
+    """A stage that never leaves: here this very process stands for it."""
+    runner = runners.LocalRunner()
+    known = stages.Ledger(here)
+    known.set("process", process_identity(os.getpid()))
+    told = threading.Timer(1.0, runner._leave, (signal.SIGTERM, None))
+    told.start()
+    (stage,) = stages.read_pipeline(here / "all.yaml").stages[:1]
+    assert runner.run(stage, known) == os.EX_TEMPFAIL
+    assert calls(here) == []
 
 
 @pytest.mark.parametrize(
